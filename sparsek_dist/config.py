@@ -1,0 +1,275 @@
+"""Every setting of a run: one tree of dataclasses, read from YAML and `key=value`. The only importer of omegaconf.
+
+Three questions, three functions: `load` (is each value of the right type and range?), `Config.check_world_size`
+(can these processes run it?), `to_yaml` (what exactly was run?). None of them touches a disk beyond the YAML file,
+a network, a process group or a GPU, and none changes a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sparsek_dist import relations
+from sparsek_dist.errors import ConfigError
+
+AttentionKind = Literal["sparsek", "random", "sink_window", "window", "full"]
+NUM_SINKS = 4
+"""First tokens of a document that the `sink_window` baseline always keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str = "run"
+    """Folder of this run below `run.root`: letters, digits, `.`, `_`, `-`."""
+    root: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 0
+    """Seeds the weights, the order of the data and the random scores of the `random` baseline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    type: Literal["llama"] = "llama"
+    """Architecture, by its `model_type` in transformers; built from its config, trained from scratch."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    intermediate_size: int = 384
+    """Width of the MLP."""
+    num_layers: int = 4
+    """Decoder layers."""
+    num_query_heads: int = 4
+    """Query heads per layer."""
+    num_kv_heads: int = 2
+    """KV heads per layer; must divide `num_query_heads`. Each selects its own pairs."""
+    head_dim: int = 32
+    """Width of one head."""
+    rope_theta: float = 10000.0
+    """Base of the rotary positions; larger for longer contexts."""
+    tie_embeddings: bool = False
+    """Share the input embedding with the output projection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    kind: AttentionKind = "sparsek"
+    """`sparsek`, or a baseline with the same budget of `num_selected + window` pairs per query (`full`: all pairs)."""
+    num_selected: int = 64
+    """k: pairs kept outside the window, per KV head. 0 leaves the window alone."""
+    window: int = 64
+    """w: newest tokens every query sees, itself included; at least 1."""
+    support: int | None = None
+    """S: best candidates the soft gates are computed over; more than `num_selected`. Default 4 * num_selected."""
+    gate: Literal["straight_through", "value", "key_value"] = "straight_through"
+    """How a gate enters: `value` scales v, `key_value` scales k and v, `straight_through` only the gradient."""
+    score_std: float = 1.0
+    """Standard deviation of the scores at initialisation; a tiny one makes every gate about k/n."""
+    slope: float = 0.0
+    """Added to the score per token of position: above 0, newer pairs are preferred."""
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
+    """Implementation. `auto` takes the fastest that can run here and says which."""
+
+    @property
+    def support_size(self) -> int:
+        """S, with its default filled in."""
+        return 4 * self.num_selected if self.support is None else self.support
+
+    @property
+    def reach(self) -> int:
+        """Newest tokens a query sees unconditionally; what a sequence-parallel shard must at least hold."""
+        budget = self.num_selected + self.window
+        return {"window": budget, "sink_window": budget - NUM_SINKS}.get(self.kind, self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str = "python-stdlib"
+    """`python-stdlib` (the running Python's own library), a .txt/.jsonl/.parquet file or folder, or a hub id."""
+    column: str = "text"
+    """Column that holds the text of a document."""
+    tokenizer: str = "bytes"
+    """`bytes`, or a folder or hub id of a transformers tokenizer."""
+    sequence_length: int = 2048
+    """Tokens of one context, over all sequence-parallel ranks."""
+    held_out: float = 0.05
+    """Share of the documents kept for evaluation; 0 < held_out < 1."""
+    cache: str = ".cache/tokens"
+    """Folder for tokenised corpora; safe to delete."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    sequence_degree: int = 1
+    """p: ranks that share one sequence, each with a contiguous shard."""
+    exchange: Literal["all_gather"] = "all_gather"
+    """How selected pairs reach later ranks."""
+    zero_stage: int = 2
+    """DeepSpeed ZeRO stage, 0 to 3: what is partitioned over all ranks."""
+    timeout_minutes: float = 10.0
+    """How long a collective may wait for a silent rank."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further DeepSpeed settings, passed through as they are; keys that this tree derives are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer from torch.optim; `sgd` (no momentum) serves the tests that compare single steps."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    final_ratio: float = 0.1
+    """Learning rate at the last step, as a share of the peak (cosine decay)."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors and embeddings are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's running means."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 300
+    """Optimizer steps of the whole run."""
+    micro_batch_size: int = 1
+    """Contexts in one forward pass of one sequence-parallel group."""
+    accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations; `auto` is bfloat16 on GPUs, float32 on CPUs. Scores are always float32."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    log_every: int = 10
+    """Steps between log lines (metrics.jsonl holds every step)."""
+    eval_every: int = 100
+    """Steps between evaluations; 0 for only at the end."""
+    eval_sequences: int = 32
+    """Held-out contexts per evaluation; 0 for all."""
+    observe_every: int = 100
+    """Steps between pictures and statistics of the selection; 0 for never."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Newest complete checkpoints to keep."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """`auto` continues from the newest checkpoint if there is one; `must` needs one; `never` refuses a used folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.root) / self.run.name
+
+    @property
+    def shard_length(self) -> int:
+        """Tokens of one context on one rank."""
+        return self.data.sequence_length // self.parallel.sequence_degree
+
+    def data_parallel_degree(self, world_size: int) -> int:
+        """Sequence-parallel groups, each reading different contexts."""
+        return world_size // self.parallel.sequence_degree
+
+    def sequences_per_step(self, world_size: int) -> int:
+        """Contexts in one optimizer step, over all ranks."""
+        return self.data_parallel_degree(world_size) * self.train.micro_batch_size * self.train.accumulation_steps
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raises ConfigError if `world_size` processes cannot be divided into sequence-parallel groups."""
+        degree = self.parallel.sequence_degree
+        if world_size % degree:
+            raise ConfigError(
+                f"parallel.sequence_degree = {degree} must divide the number of processes, {world_size}: "
+                f"start {relations.near_multiple(world_size, degree)} processes, "
+                f"or set it to {relations.divisors(world_size)}"
+            )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file, then `key=value` in dotted form; all relations checked.
+
+    Raises:
+        ConfigError: naming the field, its value and the cure; several mistakes are listed one a line.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such configuration file (configs/ holds the ones that come with sparsek-dist)")
+    source = str(path)
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        source = "command line"
+        _check_dotlist(overrides)
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(tree)
+    except (OmegaConfBaseException, YAMLError, ValueError, UnicodeDecodeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+    assert isinstance(config, Config)
+    problems = relations.problems(config, flatten(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def from_yaml(text: str) -> Config:
+    """The configuration that `to_yaml` wrote."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Every setting with its value, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, for comparing two configurations."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        flat |= flatten(value, f"{prefix}{entry.name}.") if is_dataclass(value) else {prefix + entry.name: value}
+    return flat
+
+
+def _check_dotlist(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise ConfigError(f"command line: {override!r} is not key=value: for instance train.steps=200")
+
+
+def _explain(error: Exception) -> str:
+    """omegaconf's or YAML's message on one line, led by the full key and ended by what would do."""
+    key = getattr(error, "full_key", None)
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    return f"{key}: {' '.join(told)} ({_cure(key)})" if key else " ".join(told)
+
+
+def _cure(key: str) -> str:
+    """What a dotted key takes, or, where there is no such key, which keys there are."""
+    section: Any = Config
+    for name in key.split("."):
+        known = {entry.name: entry for entry in fields(section)}
+        if name not in known:
+            return "keys here: " + ", ".join(known)
+        if not is_dataclass(known[name].default_factory):
+            return f"give {known[name].type}"
+        section = known[name].default_factory
+    return "keys here: " + ", ".join(entry.name for entry in fields(section))
