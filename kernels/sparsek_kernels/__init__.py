@@ -1,0 +1,18 @@
+"""SPARSEK: a differentiable top-k, and attention that selects with it. See kernels/README.md for the mathematics."""
+
+from sparsek_kernels.attention import shard_attention, sparsek_attention
+from sparsek_kernels.carry import Carry, empty_carry, merge, summarize
+from sparsek_kernels.operator import sparsek
+from sparsek_kernels.selection import Selection, select
+
+__all__ = [
+    "Carry",
+    "Selection",
+    "empty_carry",
+    "merge",
+    "select",
+    "shard_attention",
+    "sparsek",
+    "sparsek_attention",
+    "summarize",
+]

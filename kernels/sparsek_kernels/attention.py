@@ -1,0 +1,146 @@
+"""SPARSEK attention: a sliding window and the k best-scored older pairs, one softmax, a constant cost per query."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsek_kernels.carry import Carry, empty_carry
+from sparsek_kernels.checks import check_attention, document_starts
+from sparsek_kernels.chunked import Shape, chunked_attention
+from sparsek_kernels.dispatch import resolve
+from sparsek_kernels.reference import attention_reference
+
+DEFAULT_SUPPORT_RATIO = 4
+"""S / k where the caller names no support."""
+
+
+def sparsek_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    *,
+    num_selected: int,
+    window: int,
+    support: int | None = None,
+    gate: str = "straight_through",
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention over the w newest tokens and the k best-scored older pairs of each KV head.
+
+    Query i sees the keys (i - w, i] of its document, and of the older ones the k with the highest score (of two equal
+    scores the later). One softmax runs over both. Selected pairs are gated by m = clip(u_j - tau_i, 0, 1), the SPARSEK
+    projection of the S best candidates, which is what makes the scores trainable (arXiv 2406.16747; the window's
+    exemption, the tie rule, S and `straight_through` are this project's own, see kernels/README.md).
+
+    Args:
+        query: [b, s, h, d].
+        key: [b, s, g, d]; h must be a multiple of g. Likewise value.
+        scores: [b, s, g], one per key-value pair, whatever the query; float32 (or float64 in tests).
+        num_selected: k; 0 leaves the window alone.
+        window: w >= 1, the token itself included.
+        support: S > k, candidates that take part in the projection; default 4 k.
+        gate: `value` scales v, `key_value` scales k and v; `straight_through` computes as if m = 1 and
+            differentiates as `value`; `none` is m = 1 in both directions (the scores then get no gradient).
+        document_ids: [b, s] non-decreasing integers; tokens see only their own document. Default: one document.
+        scale: of the logits; default 1 / sqrt(d).
+        backend: `auto`, `triton`, `torch` (linear in s) or `reference` (quadratic, obviously right).
+
+    Returns:
+        [b, s, h, d], in the dtype of `query`.
+
+    Raises:
+        ValueError: naming the argument that cannot work; for NaN or infinite scores; for a backend that cannot run.
+    """
+    check_attention(query, key, value, scores, num_selected=num_selected, window=window, support=support, gate=gate)
+    starts = document_starts(document_ids, query)
+    support = DEFAULT_SUPPORT_RATIO * num_selected if support is None else support
+    if resolve(backend, query.device) == "reference":
+        return attention_reference(
+            query,
+            key,
+            value,
+            scores,
+            num_selected=num_selected,
+            window=window,
+            support=support,
+            gate=gate,
+            document_ids=document_ids,
+            scale=scale,
+        )
+    # No token has more than s candidates, so a larger k or S selects the same: keep the tables small.
+    support = min(support, query.shape[1])
+    num_selected = min(num_selected, query.shape[1])
+    carry = empty_carry(key, _precise(scores), num_selected=min(num_selected, support), support=support)
+    pad = (0, 0, 0, 0, window - 1, 0)
+    return chunked_attention(
+        query,
+        torch.nn.functional.pad(key, pad),
+        torch.nn.functional.pad(value, pad),
+        torch.nn.functional.pad(_precise(scores), pad[2:]),
+        starts,
+        carry,
+        _shape(query, num_selected, window, support, gate, scale),
+    )
+
+
+def shard_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    carry: Carry,
+    document_start: Tensor,
+    *,
+    window: int,
+    gate: str = "straight_through",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`sparsek_attention` for a shard whose earlier tokens are elsewhere: what each sequence-parallel rank runs.
+
+    Args:
+        query: [b, s, h, d].
+        key: [b, w - 1 + s, g, d]: the w - 1 tokens before the shard (anything where there are none), then the shard;
+            likewise value.
+        scores: [b, w - 1 + s, g].
+        carry: summary of all earlier candidates; its shapes give k and S.
+        document_start: [b, s] where each query's document begins, counted from the first query (negative if before).
+    """
+    num_selected, support = carry.key.shape[2], carry.scores.shape[2]
+    check_attention(
+        query,
+        key,
+        value,
+        scores,
+        num_selected=num_selected,
+        window=window,
+        support=support,
+        gate=gate,
+        halo=window - 1,
+    )
+    if resolve(backend, query.device) == "reference":
+        raise ValueError("backend = 'reference' works on whole sequences only: use 'auto' or 'torch' for shards")
+    return chunked_attention(
+        query,
+        key,
+        value,
+        _precise(scores),
+        document_start,
+        carry,
+        _shape(query, num_selected, window, support, gate, scale),
+    )
+
+
+def _shape(query: Tensor, num_selected: int, window: int, support: int, gate: str, scale: float | None) -> Shape:
+    chunk_size = 128 if num_selected + window >= 256 else 64
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return Shape(num_selected, window, support, gate, scale, min(chunk_size, query.shape[1]))
+
+
+def _precise(scores: Tensor) -> Tensor:
+    """Scores decide by their order: never in less than float32."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,0 +1,89 @@
+"""The attention of one layer on one rank: SPARSEK and its baselines, one code path, any sequence-parallel degree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sparsek_kernels import shard_attention
+from torch import Tensor, nn
+
+from sparsek_dist.attention.exchange import add_halo, exchange_carry
+from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
+from sparsek_dist.config import NUM_SINKS, AttentionConfig
+from sparsek_dist.parallel.mesh import RankGroup
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a query may see, in the terms of the one operator that serves SPARSEK and every baseline but `full`."""
+
+    num_selected: int
+    window: int
+    support: int
+    gate: str
+
+    @classmethod
+    def of(cls, config: AttentionConfig) -> Budget:
+        """All kinds see num_selected + window pairs. Only `sparsek` has soft gates; the others need no support."""
+        k, w = config.num_selected, config.window
+        if config.kind == "sparsek":
+            return cls(k, w, config.support_size, config.gate)
+        if config.kind == "random":
+            return cls(k, w, k + 1, "none")
+        if config.kind == "sink_window":
+            return cls(NUM_SINKS, k + w - NUM_SINKS, NUM_SINKS + 1, "none")
+        assert config.kind == "window", "`full` is dense attention: it has no budget"
+        return cls(0, k + w, 0, "none")
+
+
+@dataclass(frozen=True)
+class ParallelAttention:
+    """Attention over a sequence of which this rank holds one contiguous shard."""
+
+    budget: Budget
+    group: RankGroup
+    backend: str = "auto"
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor, position_ids: Tensor, *, scale: float
+    ) -> Tensor:
+        """Output [b, s, h, d] of this shard, equal to that of one process holding the whole sequence.
+
+        Args:
+            query: [b, s, h, d].
+            key: [b, s, g, d]; likewise value.
+            scores: [b, s, g], finite.
+            position_ids: [b, s], each token's position in its document; a document may have begun on an earlier rank.
+            scale: of the logits.
+        """
+        budget, group = self.budget, self.group
+        index = torch.arange(query.shape[1], device=query.device)
+        document_start = index - position_ids.expand(query.shape[0], -1)
+        halo = budget.window - 1
+        key, value = add_halo(torch.cat([key, value], dim=-1), halo, group).chunk(2, dim=-1)
+        scores = add_halo(scores, halo, group)
+        carry = exchange_carry(
+            key, value, scores, document_start, group, num_selected=budget.num_selected, support=budget.support
+        )
+        return shard_attention(
+            query,
+            key,
+            value,
+            scores,
+            carry,
+            document_start,
+            window=budget.window,
+            gate=budget.gate,
+            scale=scale,
+            backend=self.backend,
+        )
+
+
+def build_scorer(config: AttentionConfig, *, hidden_size: int, num_kv_heads: int, seed: int, layer: int) -> nn.Module:
+    """Maps (hidden [b, s, e], position_ids [b, s]) to scores [b, s, g]."""
+    if config.kind == "sparsek":
+        return ScoringNetwork(hidden_size, num_kv_heads, std=config.score_std, slope=config.slope)
+    if config.kind == "random":
+        return RandomScores(num_kv_heads, seed=seed, layer=layer)
+    return SinkScores(num_kv_heads)
