@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparsek_kernels.carry import NOWHERE, Carry
 from sparsek_kernels.selection import MAX_ELEMENTS, Selection, select
@@ -78,6 +79,7 @@ class _ChunkedAttention(torch.autograd.Function):
         return out.permute(0, 2, 3, 1, 4, 5).reshape(b, -1, h, d)[:, :s]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
         tables, selection, shape = ctx.saved_tensors, ctx.selection, ctx.shape
         query, key, value, _scores, carry_key = tables[:5]
@@ -99,7 +101,7 @@ class _ChunkedAttention(torch.autograd.Function):
             grad_logits = torch.addcmul(gated_gain, probabilities, delta, value=-1)
             if shape.gate != "none":
                 grad_gates = gain.addcmul_(grad_logits, logits) if shape.gate == "key_value" else gain
-                fractional = (part.gates > 0) & (part.gates < 1) & part.visible
+                fractional = (part.gates > 0) & (part.gates < 1)
                 grad_gates = torch.where(fractional, grad_gates.sum(-2), 0)
                 grad_sums[:, :, part.chunks] = grad_gates.sum(-1)
                 grads.scores.add(part, grad_gates.sum(-2).unsqueeze(-1))

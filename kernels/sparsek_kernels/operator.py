@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparsek_kernels.threshold import solve_threshold
 
@@ -47,6 +48,7 @@ class _Sparsek(torch.autograd.Function):
         return gates
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (gates,) = ctx.saved_tensors
         fractional = (gates > 0) & (gates < 1)

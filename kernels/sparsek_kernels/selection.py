@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsek_kernels.carry import NOWHERE, Carry, rank
 from sparsek_kernels.threshold import solve_threshold
 
-MAX_ELEMENTS = 1 << 18
+MAX_ELEMENTS = 1 << 22
 """Entries of the largest temporary: chunks are worked on in groups that stay below it."""
 
 
@@ -42,8 +42,6 @@ class Selection:
     """[b, g, s]: entries of query i's support with gate > 0."""
     selected_mass: Tensor
     """[b, g, s]: sum of the gates of the k selected pairs (k, if all mass of the projection is on them)."""
-    support_full: Tensor
-    """[b, g, s] bool: as many candidates as S, so that the bound may have cut the support."""
     alive: Tensor
     """[b, g, c, k]: index into (carry, stream) of the candidates of chunk c's first query that it selects; -1: none."""
 
@@ -186,7 +184,6 @@ def _thresholds(
         "num_fractional": size - num_ones,
         "support_size": size,
         "selected_mass": (_take_rows(counts, ones_selected) + shifted).to(table.dtype),
-        "support_full": counts[..., -1] >= support,
     }
 
 

@@ -22,7 +22,7 @@ def solve_threshold(ranked: Tensor, counts: Tensor, sums: Tensor, num_selected: 
         num_selected: k >= 1. Subsets of at most k entries have no threshold: -inf.
 
     Returns:
-        [..., q] float64. Where f is flat at k (hard top-k), the upper end of the flat part.
+        [..., q] float64. Where f is flat at k (hard top-k), the lower end of the flat part.
     """
     ranked = ranked.double()
     corners = torch.cat([ranked, ranked - 1], dim=-1).sort(dim=-1, descending=True).values
@@ -54,7 +54,7 @@ def solve_threshold(ranked: Tensor, counts: Tensor, sums: Tensor, num_selected: 
 
 def _count_at_least(ranked: Tensor, bounds: Tensor) -> Tensor:
     """For each bound, how many entries of the descending `ranked` are >= it."""
-    return torch.searchsorted(-ranked, -bounds, right=True)
+    return torch.searchsorted((-ranked).contiguous(), (-bounds).contiguous(), right=True)
 
 
 def _take(row: Tensor, index: Tensor) -> Tensor:
