@@ -114,7 +114,7 @@ class ParallelConfig:
     timeout_minutes: float = 10.0
     """How long a collective may wait for a silent rank."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed settings, passed through as they are; keys that this tree derives are refused."""
+    """Further DeepSpeed settings, passed through as they are: those in relations.DEEPSPEED_KEYS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         _check_dotlist(overrides)
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         config = OmegaConf.to_object(tree)
-    except (OmegaConfBaseException, YAMLError, ValueError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{source}: {_explain(error)}") from error

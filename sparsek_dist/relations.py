@@ -1,146 +1,155 @@
-"""Which settings can stand together. Pure: reads values, changes none, touches nothing outside."""
+"""Which settings can stand together. Pure: reads values, changes none, touches nothing outside.
+
+Each function yields one message per mistake: `field = value` first, the cure after the colon.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsek_dist.config import Config
 
+DEEPSPEED_KEYS = frozenset(
+    {
+        "activation_checkpointing",
+        "aio",
+        "comet",
+        "comms_logger",
+        "compile",
+        "csv_monitor",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "memory_breakdown",
+        "timers",
+        "wall_clock_breakdown",
+        "wandb",
+    }
+)
+"""DeepSpeed's top-level settings that `parallel.deepspeed` may hold. DeepSpeed itself ignores a mistyped one, and some
+others, such as `gradient_allreduce_op`, would change what gradients are divided by."""
+
+AT_LEAST_ONE = frozenset(
+    {
+        "attention.window",
+        "data.sequence_length",
+        "model.head_dim",
+        "model.hidden_size",
+        "model.intermediate_size",
+        "model.num_kv_heads",
+        "model.num_layers",
+        "model.num_query_heads",
+        "parallel.sequence_degree",
+        "train.accumulation_steps",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "train.micro_batch_size",
+        "train.save_every",
+        "train.steps",
+    }
+)
+ABOVE_ZERO = frozenset(
+    {"attention.score_std", "model.rope_theta", "optimizer.learning_rate", "parallel.timeout_minutes"}
+)
+ANY_SIGN = frozenset({"attention.slope"})
+
 
 def problems(config: Config, flat: dict[str, Any]) -> list[str]:
-    """All ranges and relations that do not hold: `field = value` first, the cure after the colon.
+    """All ranges and relations that do not hold.
 
     Args:
         flat: dotted key -> value, of all settings.
     """
-    found: list[str] = []
+    # Relations between values that are wrong by themselves would only confuse.
+    return [*_ranges(flat)] or [*_model(config), *_sharding(config), *_attention(config), *_rest(config)]
 
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            found.append(message)
 
+def _ranges(flat: dict[str, Any]) -> Iterator[str]:
     for key, value in flat.items():
-        if isinstance(value, float):
-            require(math.isfinite(value), f"{key} = {value} is not a finite number: give one")
-    for key in _AT_LEAST_ONE:
-        require(flat[key] >= 1, f"{key} = {flat[key]} must be at least 1: raise it")
-    for key in _NOT_NEGATIVE:
-        require(flat[key] >= 0, f"{key} = {flat[key]} must not be negative: use 0 or more")
-    for key in _ABOVE_ZERO:
-        require(flat[key] > 0, f"{key} = {flat[key]} must be above 0: raise it")
-    if found:  # relations between values that are wrong by themselves would only confuse
-        return found
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value):
+            yield f"{key} = {value} is not a finite number: give one"
+        elif key in AT_LEAST_ONE and value < 1:
+            yield f"{key} = {value} must be at least 1: raise it"
+        elif key in ABOVE_ZERO and value <= 0:
+            yield f"{key} = {value} must be above 0: raise it"
+        elif key not in ANY_SIGN and value < 0:
+            yield f"{key} = {value} must not be negative: use 0 or more"
 
-    run, model, attention, data = config.run, config.model, config.attention, config.data
-    degree, length = config.parallel.sequence_degree, config.data.sequence_length
-    require(
-        bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run.name)),
-        f"run.name = {run.name!r} is not a plain folder name: use letters, digits, '.', '_' and '-'",
-    )
-    require(
-        model.num_query_heads % model.num_kv_heads == 0,
-        f"model.num_kv_heads = {model.num_kv_heads} must divide model.num_query_heads = {model.num_query_heads}: "
-        f"use {divisors(model.num_query_heads)}",
-    )
-    require(model.head_dim % 2 == 0, f"model.head_dim = {model.head_dim} must be even for rotary positions: add 1")
-    require(0 < data.held_out < 1, f"data.held_out = {data.held_out} must lie between 0 and 1: for instance 0.05")
-    require(
-        config.parallel.zero_stage in (0, 1, 2, 3),
-        f"parallel.zero_stage = {config.parallel.zero_stage} is not a ZeRO stage: use 0, 1, 2 or 3",
-    )
-    require(
-        length % degree == 0,
-        f"data.sequence_length = {length} must be a multiple of parallel.sequence_degree = {degree}: "
-        f"use {near_multiple(length, degree)}",
-    )
-    if attention.kind == "full":
-        require(
-            degree == 1,
-            f"attention.kind = full cannot share a sequence over parallel.sequence_degree = {degree} ranks: "
-            "set the degree to 1, or choose sparsek, random, sink_window or window",
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.num_query_heads % model.num_kv_heads:
+        yield (
+            f"model.num_kv_heads = {model.num_kv_heads} must divide model.num_query_heads = {model.num_query_heads}: "
+            f"use {divisors(model.num_query_heads)}"
         )
-    else:
-        require(
-            length // degree >= attention.reach,
+    if model.hidden_size % model.num_query_heads:
+        yield (
+            f"model.hidden_size = {model.hidden_size} must be a multiple of model.num_query_heads = "
+            f"{model.num_query_heads}, as transformers insists: use "
+            f"{near_multiple(model.hidden_size, model.num_query_heads)}"
+        )
+    if model.head_dim % 2:
+        yield f"model.head_dim = {model.head_dim} must be even for rotary positions: use {model.head_dim + 1}"
+
+
+def _sharding(config: Config) -> Iterator[str]:
+    attention, length, degree = config.attention, config.data.sequence_length, config.parallel.sequence_degree
+    if length % degree:
+        yield (
+            f"data.sequence_length = {length} must be a multiple of parallel.sequence_degree = {degree}: "
+            f"use {near_multiple(length, degree)}"
+        )
+    elif attention.kind == "full" and degree > 1:
+        yield (
+            f"attention.kind = full cannot share a sequence over parallel.sequence_degree = {degree} ranks: "
+            "set the degree to 1, or choose sparsek, random, sink_window or window"
+        )
+    elif degree > 1 and length // degree < attention.reach:
+        yield (
             f"data.sequence_length = {length} over parallel.sequence_degree = {degree} leaves shards of "
             f"{length // degree} tokens, shorter than the window of {attention.reach}: use a length of at least "
-            f"{attention.reach * degree}, or a degree of at most {max(1, length // attention.reach)}",
+            f"{attention.reach * degree}, or a degree of at most {max(1, length // attention.reach)}"
         )
-    if attention.kind in ("sparsek", "random") and attention.num_selected > 0:
-        require(
-            attention.support_size > attention.num_selected,
+
+
+def _attention(config: Config) -> Iterator[str]:
+    attention = config.attention
+    if attention.kind == "sparsek" and 0 < attention.num_selected >= attention.support_size:
+        yield (
             f"attention.support = {attention.support} must exceed attention.num_selected = {attention.num_selected}, "
-            f"or every gate is 1 and the scores never learn: use {4 * attention.num_selected}",
+            f"or every gate is 1 and the scores never learn: use {4 * attention.num_selected}"
         )
-    if attention.kind == "sink_window":
-        require(
-            attention.reach >= 1,
+    if attention.kind == "sink_window" and attention.reach < 1:
+        yield (
             f"attention.num_selected + attention.window = {attention.num_selected + attention.window} leaves no window "
-            "beside the first tokens that sink_window keeps: raise either",
+            "beside the first tokens that sink_window keeps: raise either"
         )
-    derived = sorted(set(config.parallel.deepspeed) & DERIVED_DEEPSPEED_KEYS)
-    require(
-        not derived,
-        f"parallel.deepspeed sets {derived}, which sparsek-dist derives from the other settings: remove them there",
-    )
-    return found
+    if attention.backend == "triton":
+        yield "attention.backend = triton is not part of this version: use auto or torch"
+    if attention.backend == "reference":
+        yield "attention.backend = reference is quadratic and for tests of the kernels only: use auto or torch"
 
 
-DERIVED_DEEPSPEED_KEYS = frozenset(
-    [
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "sequence_parallel_size",
-        "gradient_clipping",
-        "zero_optimization",
-        "bf16",
-        "fp16",
-        "optimizer",
-        "scheduler",
-        "communication_data_type",
-        "steps_per_print",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "tensorboard",
-    ]
-)
-"""DeepSpeed settings that follow from this tree; see training/engine.py."""
-
-_AT_LEAST_ONE = [
-    "model.hidden_size",
-    "model.intermediate_size",
-    "model.num_layers",
-    "model.num_query_heads",
-    "model.num_kv_heads",
-    "model.head_dim",
-    "attention.window",
-    "data.sequence_length",
-    "parallel.sequence_degree",
-    "train.steps",
-    "train.micro_batch_size",
-    "train.accumulation_steps",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-]
-
-_NOT_NEGATIVE = [
-    "attention.num_selected",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "optimizer.final_ratio",
-    "train.eval_every",
-    "train.eval_sequences",
-    "train.observe_every",
-    "run.seed",
-]
-
-_ABOVE_ZERO = ["model.rope_theta", "attention.score_std", "parallel.timeout_minutes", "optimizer.learning_rate"]
+def _rest(config: Config) -> Iterator[str]:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
+        yield f"run.name = {config.run.name!r} is not a plain folder name: use letters, digits, '.', '_' and '-'"
+    if not 0 < config.data.held_out < 1:
+        yield f"data.held_out = {config.data.held_out} must lie between 0 and 1: for instance 0.05"
+    if config.parallel.zero_stage > 3:
+        yield f"parallel.zero_stage = {config.parallel.zero_stage} is not a ZeRO stage: use 0, 1, 2 or 3"
+    for key in config.parallel.deepspeed:
+        if key not in DEEPSPEED_KEYS:
+            near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"remove it, or use {', '.join(sorted(DEEPSPEED_KEYS))}"
+            yield f"parallel.deepspeed.{key} is derived from other settings or unknown: {cure}"
 
 
 def divisors(number: int) -> str:

@@ -1,0 +1,106 @@
+"""What a checkpoint says about the run that made it, and whether another run may continue it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsek_dist.config import Config, flatten
+from sparsek_dist.errors import CheckpointError
+from sparsek_dist.training.manifest import write_durably
+
+STATE = "state.json"
+FORMAT = 1
+
+FREE_TO_CHANGE = frozenset(
+    {
+        "run.name",
+        "run.root",
+        "train.steps",
+        "train.log_every",
+        "train.eval_every",
+        "train.eval_sequences",
+        "train.observe_every",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.resume",
+        "data.cache",
+        "parallel.timeout_minutes",
+    }
+)
+"""Settings that a resumed run may change: none of them enters the next step. (`train.steps` moves the end of the
+learning rate's cosine, which is what someone who asks for more steps wants.)"""
+
+
+@dataclass(frozen=True)
+class State:
+    """The part of a checkpoint that people may want to read."""
+
+    step: int
+    """Optimizer steps taken."""
+    tokens: int
+    """Tokens read, over all ranks."""
+    world_size: int
+    """Processes that wrote it."""
+    settings: dict[str, Any]
+    """Dotted key -> value."""
+
+
+def write_state(checkpoint: Path, *, step: int, tokens: int, world_size: int, config: Config) -> None:
+    """Writes state.json."""
+    content = {"format": FORMAT, "step": step, "tokens": tokens, "world_size": world_size, "settings": flatten(config)}
+    write_durably(checkpoint / STATE, json.dumps(content, indent=1))
+
+
+def read_state(checkpoint: Path) -> State:
+    """Reads state.json; the manifest has already confirmed that it is as written.
+
+    Raises:
+        CheckpointError: if it is of another format.
+    """
+    content = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} is of format {content['format']}, and this version reads format {FORMAT}: continue with the "
+            "version of sparsek-dist that wrote it"
+        )
+    return State(content["step"], content["tokens"], content["world_size"], content["settings"])
+
+
+def check_compatible(checkpoint: Path, state: State, config: Config, world_size: int) -> None:
+    """Refuses to continue a run with other settings, or with another number of processes.
+
+    Raises:
+        CheckpointError: listing every difference as `key: then -> now`.
+    """
+    changed = differences(state.settings, flatten(config))
+    if changed:
+        raise CheckpointError(
+            f"{checkpoint} was made with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nGive the old values to continue it, or another run.name to start afresh"
+        )
+    if state.world_size != world_size:
+        raise CheckpointError(
+            f"{checkpoint} was made by {state.world_size} processes and cannot be continued by {world_size}: start "
+            f"{state.world_size} processes, or choose another run.name to start afresh"
+        )
+    if state.step > config.train.steps:
+        raise CheckpointError(
+            f"{checkpoint} is at step {state.step}, beyond train.steps = {config.train.steps}: raise train.steps, or "
+            "choose another run.name to start afresh"
+        )
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key: then -> now` for every setting that differs and must not."""
+    keys = sorted((set(then) | set(now)) - FREE_TO_CHANGE)
+    # Through JSON, as what was saved went: tuples become lists.
+    shown = [(key, _shown(then, key), _shown(json.loads(json.dumps(now)), key)) for key in keys]
+    return [f"{key}: {old} -> {new}" for key, old, new in shown if old != new]
+
+
+def _shown(settings: dict[str, Any], key: str) -> str:
+    return json.dumps(settings[key]) if key in settings else "(not a setting)"

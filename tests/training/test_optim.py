@@ -1,0 +1,67 @@
+"""The learning rate and the parameter groups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from sparsek_dist.config import Config, OptimizerConfig, TrainConfig
+from sparsek_dist.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from tests.training.toys import seeded_model
+
+
+def _config(steps: int, warmup: int, peak: float = 1.0, final: float = 0.1) -> Config:
+    optimizer = OptimizerConfig(learning_rate=peak, warmup_steps=warmup, final_ratio=final)
+    return Config(optimizer=optimizer, train=TrainConfig(steps=steps))
+
+
+def test_learning_rate_literally() -> None:
+    config = _config(steps=9, warmup=4)
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 0.1 + 0.9 * (0.5 + 0.5 * 0.5**0.5), 0.55]
+    assert [learning_rate(step, config) for step in range(7)] == pytest.approx(expected)
+    assert learning_rate(8, config) == pytest.approx(0.1)
+
+
+@given(st.integers(1, 60), st.integers(0, 80), st.floats(0, 1))
+def test_learning_rate_properties(steps, warmup, final) -> None:
+    config = _config(steps, warmup, final=final)
+    rates = [learning_rate(step, config) for step in range(steps)]
+    assert all(0 < rate <= 1 or (final == 0 and rate >= 0) for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if warmup < steps - 1:
+        assert rates[-1] == pytest.approx(final, abs=1e-9)
+
+
+def test_groups() -> None:
+    model = seeded_model()
+    decayed, plain = parameter_groups(model, 0.3)
+    assert [id(p) for p in decayed["params"]] == [id(model.hidden.weight), id(model.head.weight)]
+    assert [id(p) for p in plain["params"]] == [id(model.position), id(model.embed.weight), id(model.hidden.bias)]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+
+
+def test_tied_matrix_counts_as_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    (only,) = parameter_groups(model, 0.3)
+    assert only["weight_decay"] == 0.0 and len(only["params"]) == 1
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = seeded_model()
+    model.head.weight.requires_grad_(False)
+    assert all(id(p) != id(model.head.weight) for group in parameter_groups(model, 0.3) for p in group["params"])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_optimizer(name, kind) -> None:
+    optimizer = build_optimizer(seeded_model(), replace(OptimizerConfig(), name=name))
+    assert type(optimizer) is kind
+    set_learning_rate(optimizer, 0.125)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.125}
