@@ -22,8 +22,9 @@ EMPTY_INT32 = -(1 << 31)
 
 def add_halo(x: Tensor, width: int, group: RankGroup) -> Tensor:
     """[b, s, ...] -> [b, width + s, ...]: the left neighbour's last tokens in front; zeros on the first rank."""
-    if width == 0:
-        return x
+    if group.size == 1 or width == 0:
+        return torch.cat([x.new_zeros(x.shape[0], width, *x.shape[2:]), x], dim=1)
+    assert x.shape[1] >= width, "Config refuses shards shorter than the window"
     return torch.cat([receive_left(x[:, -width:], group, kind="halo"), x], dim=1)
 
 

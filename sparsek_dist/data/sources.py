@@ -27,7 +27,8 @@ from sparsek_dist.errors import ConfigError, DataError, SparsekError
 logger = logging.getLogger(__name__)
 
 STDLIB = "python-stdlib"
-_SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+Kind = Literal["stdlib", "text", "json", "parquet", "hub"]
+_SUFFIXES: dict[str, Kind] = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -35,7 +36,7 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 class Source:
     """What `data.path` stands for. Files are sorted, so that every machine reads them in the same order."""
 
-    kind: Literal["stdlib", "text", "json", "parquet", "hub"]
+    kind: Kind
     files: tuple[str, ...] = ()
 
     def states(self) -> list[readers.FileState]:
@@ -113,7 +114,7 @@ def _same_kind(path: str, files: list[Path], *, is_folder: bool = False) -> Sour
     kinds = sorted({_SUFFIXES[file.suffix] for file in files if file.suffix in _SUFFIXES})
     if len(kinds) > 1:
         raise ConfigError(f"data.path = {path!r} mixes {' and '.join(kinds)} files: choose one kind, as in '*.jsonl'")
-    return Source(kinds[0], tuple(map(str, readable)))  # pyright: ignore[reportArgumentType]
+    return Source(kinds[0], tuple(map(str, readable)))
 
 
 def _no_files(path: str) -> ConfigError:

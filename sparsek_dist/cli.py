@@ -1,0 +1,164 @@
+"""The command line: `sparsek train | eval | generate | plan`. One line per error, and an exit code that tells its kind.
+
+Sub-commands are imported when they run, so that a mistyped command is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsek_dist.config import load
+from sparsek_dist.errors import ConfigError, NumericsError, PeerError, SparsekError
+
+logger = logging.getLogger(__name__)
+
+LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|Timed out waiting", re.IGNORECASE)
+"""In the messages of torch.distributed, which raises plain RuntimeErrors for most of what happens to other ranks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code; see errors.py."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    # Names that torch has renamed; the new ones are missing in versions that are supported.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed warns at its import that it runs on the CPU; environment.json says so, too.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    try:
+        options.run(options)
+    except (SparsekError, RuntimeError) as error:
+        known = _known(error)
+        if known is None or options.debug:
+            raise
+        _report(known)
+        return known.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All sub-commands with their options."""
+    parser = argparse.ArgumentParser(prog="sparsek", description="Train long-context language models with SPARSEK.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model, or continue to", description="Trains a model.")
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="show what a configuration would do", description="Starts nothing.")
+    _add_config(plan)
+    plan.add_argument("--world-size", type=int, help="processes (default: one sequence-parallel group)")
+    plan.set_defaults(run=_plan)
+
+    evaluate = commands.add_parser("eval", help="measure a trained run on its held-out text")
+    evaluate.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+    evaluate.add_argument("--max-sequences", type=int, default=0, help="held-out contexts to use (default: all)")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser("generate", help="continue a text with a trained run")
+    generate.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="length of the continuation (200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    generate.set_defaults(run=_generate)
+
+    for command in (train, plan, evaluate, generate):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file with settings")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that go before the file's")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """argparse stops taking overrides at the first option; those after it are handed over here."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(_without_local_rank(arguments))
+    wrong = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Drops `--local_rank=N`, which deepspeed's launcher puts first; the environment says the same."""
+    return [word for word in arguments if not re.fullmatch(r"--local[_-]rank=\d+", word)]
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load(options.config, options.overrides)
+    from sparsek_dist.commands.train import train
+
+    train(config)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = load(options.config, options.overrides)
+    if options.world_size is not None and options.world_size < 1:
+        raise ConfigError(f"--world-size = {options.world_size} must be at least 1")
+    import torch
+
+    from sparsek_dist.commands.plan import plan
+
+    plan(config, options.world_size, on_gpu=torch.cuda.is_available())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.max_sequences < 0:
+        raise ConfigError(f"--max-sequences = {options.max_sequences} must not be negative: 0 uses all")
+    from sparsek_dist.commands.trained import evaluate_run
+
+    evaluate_run(options.folder, max_sequences=options.max_sequences)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from sparsek_dist.commands.trained import generate_from_run
+
+    generate_from_run(
+        options.folder,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+
+
+def _known(error: Exception) -> SparsekError | None:
+    """The error as one a user can cure; None if it is a mistake of ours, which keeps its traceback."""
+    if isinstance(error, SparsekError):
+        return error
+    import torch
+
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return SparsekError(
+            f"out of GPU memory ({first}): lower train.micro_batch_size, set train.activation_checkpointing=true, or "
+            "raise parallel.sequence_degree"
+        )
+    if isinstance(error, torch.distributed.DistError) or LOST_PEER.search(str(error)):
+        return PeerError(
+            f"lost contact with another rank ({first}): the logs/ of the run folder say why it ended; start the same "
+            "command again to continue from the newest checkpoint"
+        )
+    return None
+
+
+def _report(error: SparsekError) -> None:
+    """One message on stderr: from rank 0 where all ranks see the same, from each where one alone may have seen it."""
+    rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0"))))
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, PeerError | NumericsError):
+        print(f"rank {rank}: {error}", file=sys.stderr)

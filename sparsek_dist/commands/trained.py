@@ -1,0 +1,95 @@
+"""`sparsek eval` and `sparsek generate`: a trained run, in one process, without DeepSpeed and without pickle."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from sparsek_dist.config import Config, from_yaml
+from sparsek_dist.data.corpus import prepare
+from sparsek_dist.data.loader import evaluation_batches
+from sparsek_dist.data.packing import Contexts
+from sparsek_dist.errors import CheckpointError
+from sparsek_dist.evaluation.perplexity import byte_counter, evaluate
+from sparsek_dist.evaluation.trigram import trigram_bits_per_byte
+from sparsek_dist.generation.generate import generate
+from sparsek_dist.models import build_model
+from sparsek_dist.models.tokenizer import load_tokenizer
+from sparsek_dist.parallel.mesh import Mesh, RankGroup
+from sparsek_dist.training.checkpoint_names import newest_model
+from sparsek_dist.training.manifest import find_damage
+from sparsek_dist.training.run_folder import CONFIG_FILE
+
+
+def evaluate_run(folder: Path, *, max_sequences: int) -> None:
+    """Prints loss, perplexity and bits per byte of the newest checkpoint on the run's held-out text.
+
+    Args:
+        folder: of the run.
+        max_sequences: held-out contexts to use; 0 for all.
+    """
+    config, model, tokenizer = load_run(folder)
+    corpus = prepare(config.data, tokenizer, seed=config.run.seed, progress=True)
+    contexts = Contexts(corpus.held_out, config.data.sequence_length, pad=True)
+    batches = evaluation_batches(
+        contexts, batch_size=config.train.micro_batch_size, limit=max_sequences, data_rank=0, data_degree=1
+    )
+    count_bytes = byte_counter(config.data.tokenizer, corpus.held_out)
+    result = evaluate(model, batches, Mesh(), count_bytes=count_bytes, device=model.device)
+    trigram = trigram_bits_per_byte(corpus.train.tokens, corpus.held_out, len(tokenizer))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{result.targets:,.0f} targets of held-out text")
+    console.print(f"loss           {result.loss:.4f} nats")
+    console.print(f"perplexity     {result.perplexity:.4f}")
+    console.print(f"bits per byte  {result.bits_per_byte:.4f}")
+    if trigram is not None:
+        console.print(f"trigram model  {trigram:.4f} bits per byte, on all held-out text")
+
+
+def generate_from_run(folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Prints the prompt and its continuation by the newest checkpoint, as it is written."""
+    _, model, tokenizer = load_run(folder)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    write(prompt)
+    generate(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, write=write)
+    write("\n")
+
+
+def load_run(folder: Path) -> tuple[Config, Any, Any]:
+    """Settings, model (evaluation mode, on the GPU if there is one) and tokenizer of a run's newest checkpoint.
+
+    Raises:
+        CheckpointError: if the folder holds no run, or the weights do not fit its settings.
+    """
+    settings = folder / CONFIG_FILE
+    if not settings.is_file():
+        raise CheckpointError(f"{folder} is not the folder of a run: it holds no {CONFIG_FILE}")
+    config = from_yaml(settings.read_text(encoding="utf-8"))
+    weights = newest_model(folder)
+    damage = find_damage(weights.parent, RankGroup(), below=f"{weights.name}/")
+    if damage:
+        raise CheckpointError(f"{weights.parent} is damaged: {damage[0]}. Delete it to use an older one")
+    # The built-in tokenizer is rebuilt; others are read from the checkpoint, so the hub is not needed again.
+    tokenizer = load_tokenizer("bytes" if config.data.tokenizer == "bytes" else str(weights))
+    model: Any = build_model(config, Mesh(), vocab_size=len(tokenizer))
+    state = load_file(weights / "model.safetensors")
+    # A tied matrix is stored under one of its names.
+    tied = set(model.state_dict()) - set(state)
+    problems = model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    if problems.unexpected_keys or not tied <= set(getattr(model, "all_tied_weights_keys", {})):
+        raise CheckpointError(
+            f"{weights} does not fit {settings}: unexpected {problems.unexpected_keys}, missing {sorted(tied)}"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = next(iter(state.values())).dtype
+    return config, model.to(device=device, dtype=dtype).eval(), tokenizer

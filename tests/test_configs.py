@@ -1,0 +1,97 @@
+"""Every configuration that is shipped loads, and runs on the number of processes it is meant for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsek_dist.config import Config, flatten, from_yaml, load, to_yaml
+from sparsek_dist.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configurations_load(path):
+    config = load(path)
+    config.check_world_size(config.parallel.sequence_degree)
+    assert config.run.name == path.stem
+
+
+def test_yaml_round_trip_keeps_every_setting(tmp_path):
+    config = load(SHIPPED[0], ["train.steps=7", "parallel.deepspeed={comms_logger: {enabled: true}}"])
+    assert from_yaml(to_yaml(config)) == config
+    assert flatten(config)["train.steps"] == 7
+
+
+def test_defaults_are_valid(tmp_path):
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    assert load(empty) == Config()
+
+
+WRONG = {
+    "train.stepz=3": "train.stepz: .*Did you mean: 'steps'",
+    "train.steps=many": r"train.steps: Value 'many' .*\(give int\)",
+    "train.steps=1.5": r"train.steps: .*\(give int\)",
+    "train.steps=0": "train.steps = 0 must be at least 1",
+    "attention.kind=sparse": "attention.kind: Invalid value 'sparse', expected one of",
+    "attention.support=64": "attention.support = 64 must exceed attention.num_selected = 64",
+    "attention.window=0": "attention.window = 0 must be at least 1",
+    "attention.num_selected=-1": "attention.num_selected = -1 must not be negative",
+    "model.type=bert": "model.type: Invalid value 'bert'",
+    "model.num_kv_heads=3": "model.num_kv_heads = 3 must divide model.num_query_heads = 4: use 1, 2 or 4",
+    "model.head_dim=31": "model.head_dim = 31 must be even",
+    "model.hidden_size=130": "model.hidden_size = 130 must be a multiple of model.num_query_heads = 4.*128 or 132",
+    "parallel.sequence_degree=3": "sequence_length = 2048 must be a multiple of .*degree = 3: use 2046 or 2049",
+    "parallel.sequence_degree=64": "leaves shards of 32 tokens, shorter than the window of 64.*degree of at most 32",
+    "parallel.zero_stage=-1": "parallel.zero_stage = -1 must not be negative",
+    "attention.backend=triton": "attention.backend = triton is not part of this version",
+    "parallel.zero_stage=4": "parallel.zero_stage = 4 is not a ZeRO stage: use 0, 1, 2 or 3",
+    "parallel.deepspeed={bf16: {}}": "parallel.deepspeed.bf16 is derived from other settings or unknown",
+    "parallel.deepspeed={comms_loger: {}}": "did you mean comms_logger?",
+    "optimizer.learning_rate=nan": "optimizer.learning_rate = nan is not a finite number",
+    "optimizer.learning_rate=-1": "optimizer.learning_rate = -1.0 must be above 0",
+    "data.held_out=1": "data.held_out = 1.0 must lie between 0 and 1",
+    "run.name=../../x": "run.name = '../../x' is not a plain folder name",
+    "data=7": "command line: ",
+    "train.steps": "'train.steps' is not key=value",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG.items(), ids=list(WRONG))
+def test_each_wrong_setting_gets_its_own_message(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(ROOT / "configs" / "quickstart.yaml", [override])
+
+
+def test_full_attention_cannot_share_a_sequence():
+    with pytest.raises(ConfigError, match=r"attention.kind = full .*set the degree to 1"):
+        load(ROOT / "configs" / "quickstart.yaml", ["attention.kind=full"])
+
+
+def test_several_mistakes_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        load(ROOT / "configs" / "quickstart.yaml", ["train.steps=0", "attention.window=0"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("size", "cure"), [(3, "start 2 or 4 processes"), (1, "start 2 processes")])
+def test_world_size_must_divide(size, cure):
+    with pytest.raises(ConfigError, match=f"must divide the number of processes, {size}: {cure}"):
+        load(ROOT / "configs" / "quickstart.yaml").check_world_size(size)
+
+
+@pytest.mark.parametrize("text", ["run: [", "run:\n\tname: x", "run: {name: a, name: b}", "7"])
+def test_broken_yaml_is_one_clear_error(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml: "):
+        load(path)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such configuration file"):
+        load("nowhere.yaml")
