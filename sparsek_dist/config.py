@@ -52,6 +52,8 @@ class ModelConfig:
     """Width of one head."""
     rope_theta: float = 10000.0
     """Base of the rotary positions; larger for longer contexts."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; narrow models start faster with about hidden_size ** -0.5."""
     tie_embeddings: bool = False
     """Share the input embedding with the output projection."""
 

@@ -54,7 +54,7 @@ AT_LEAST_ONE = frozenset(
     }
 )
 ABOVE_ZERO = frozenset(
-    {"attention.score_std", "model.rope_theta", "optimizer.learning_rate", "parallel.timeout_minutes"}
+    {"attention.score_std", "model.init_std", "model.rope_theta", "optimizer.learning_rate", "parallel.timeout_minutes"}
 )
 ANY_SIGN = frozenset({"attention.slope"})
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sparsek_kernels.carry import Carry, empty_carry
 from sparsek_kernels.checks import check_attention, document_starts
-from sparsek_kernels.chunked import Shape, chunked_attention
+from sparsek_kernels.chunked import chunked_attention
+from sparsek_kernels.columns import Shape
 from sparsek_kernels.dispatch import resolve
 from sparsek_kernels.reference import attention_reference
 

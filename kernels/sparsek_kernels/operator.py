@@ -63,7 +63,10 @@ def _project(scores: Tensor, num_selected: int) -> Tensor:
     # this clamp the sums stay small and exact however large the scores are.
     centre = ranked[..., num_selected - 1 : num_selected]
     ranked = (ranked - centre).clamp(-1, 1)
-    sums = F.pad(ranked.cumsum(-1), (1, 0)).unsqueeze(-2)
-    counts = torch.arange(sums.shape[-1], device=scores.device).expand(sums.shape)
-    tau = solve_threshold(ranked, counts, sums, num_selected)
+    sums = F.pad(ranked.cumsum(-1), (1, 0))
+    total = torch.full_like(centre, ranked.shape[-1], dtype=torch.int64)
+    # One subset, of all entries: the number among the first r is r.
+    tau = solve_threshold(
+        ranked, total, num_selected, count=lambda index: index, sum_=lambda index: sums.gather(-1, index)
+    )
     return ((scores - centre).clamp(-1, 1) - tau).clamp(0, 1)

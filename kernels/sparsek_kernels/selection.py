@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsek_kernels.candidates import Bound, Candidates, rank_candidates
 from sparsek_kernels.carry import NOWHERE, Carry, rank
 from sparsek_kernels.threshold import solve_threshold
 
@@ -44,14 +45,6 @@ class Selection:
     """[b, g, s]: sum of the gates of the k selected pairs (k, if all mass of the projection is on them)."""
     alive: Tensor
     """[b, g, c, k]: index into (carry, stream) of the candidates of chunk c's first query that it selects; -1: none."""
-
-
-@dataclass(frozen=True)
-class _Bound:
-    """A place in the total order (score, position): entries at or above it are in."""
-
-    scores: Tensor
-    positions: Tensor
 
 
 def select(
@@ -92,16 +85,18 @@ def select(
 
     starts = _pad_queries(document_start, chunk_size)
     carried = _scan(table, positions, starts, support=support)
-    group = max(1, MAX_ELEMENTS // (b * g * chunk_size * (support + chunk_size)))
+    group = max(1, MAX_ELEMENTS // (b * g * chunk_size * chunk_size))
     groups = [
         _thresholds(
-            table, positions, starts, carried[:, :, low : low + group], low, num_selected=num_selected, window=window
+            rank_candidates(table, positions, starts, carried[:, :, low : low + group], low, window),
+            num_selected=num_selected,
+            support=support,
         )
         for low in range(0, carried.shape[2], group)
     ]
     per_query = {name: torch.cat([part[name] for part in groups], dim=2).flatten(2, 3)[:, :, :s] for name in groups[0]}
-    theta = _Bound(per_query.pop("theta_score"), per_query.pop("theta_position"))
-    sigma = _Bound(per_query.pop("sigma_score"), per_query.pop("sigma_position"))
+    theta = Bound(per_query.pop("theta_score"), per_query.pop("theta_position"))
+    sigma = Bound(per_query.pop("sigma_score"), per_query.pop("sigma_position"))
     intervals = _intervals(table, positions, document_start, theta, sigma, per_query["tau"], window=window)
     return Selection(alive=carried[..., :num_selected], **per_query, **intervals)
 
@@ -133,81 +128,49 @@ def _scan(table: Tensor, positions: Tensor, starts: Tensor, *, support: int) -> 
     return torch.stack(carried, dim=2)
 
 
-def _thresholds(
-    table: Tensor, positions: Tensor, starts: Tensor, carried: Tensor, first: int, *, num_selected: int, window: int
-) -> dict[str, Tensor]:
-    """What each query of some chunks selects: fields [b, g, c, B], for the chunks from `first` on.
+def _thresholds(candidates: Candidates, *, num_selected: int, support: int) -> dict[str, Tensor]:
+    """What each query of some chunks selects: fields [b, g, c, B]."""
+    (b, g, c, m), size = candidates.scores.shape, candidates.sees_carried.shape[-1]
+    end = torch.full((b, g, c, size), m, dtype=torch.int64, device=candidates.scores.device)
+    total = candidates.count(end)
+    limit = candidates.rank_of(support, end)
+    theta_rank = candidates.rank_of(num_selected, end)
 
-    All queries of a chunk share one ranked list: what was carried in and what enters during the chunk. A query's own
-    candidates are a subset of it, described by running counts and sums along the list.
-    """
-    (b, g, num_chunks, support), chunk_size = carried.shape, starts.shape[2]
-    begin = torch.arange(first, first + num_chunks, device=table.device).unsqueeze(-1) * chunk_size
-    offsets = torch.arange(chunk_size, device=table.device)
-    entered = (support + begin + offsets.flip(0)).expand(b, g, -1, -1)
-    pool = torch.cat([entered, carried], dim=-1)
-    filled = (pool >= 0) & (pool < table.shape[-1])
-    flat = torch.where(filled, pool, 0).flatten(2)
-    ranked, order = rank(table.gather(-1, flat).view_as(pool), filled, pool.shape[-1])
-    where = torch.where(filled, positions.gather(-1, flat).view_as(pool), NOWHERE).gather(-1, order)
-    # Empty slots repeat the worst entry: they belong to no query, but must not bring infinities into the corners.
-    worst = torch.where(ranked > -torch.inf, ranked, torch.inf).amin(-1, keepdim=True)
-    ranked = torch.where(ranked > -torch.inf, ranked, worst)
+    def count(rank: Tensor) -> Tensor:
+        return candidates.count(torch.minimum(rank, limit))
 
-    queries = (begin + offsets).unsqueeze(-1)
-    since = starts[:, first : first + num_chunks].unsqueeze(1).unsqueeze(-1)
-    candidate = (where.unsqueeze(-2) <= queries - window) & (where.unsqueeze(-2) >= since)
-    every = candidate.cumsum(-1, dtype=torch.int32)
-    supported = candidate & (every <= support)
-    counts = F.pad(every.clamp_max(support), (1, 0))
-    sums = F.pad(torch.where(supported, ranked.unsqueeze(-2), 0).cumsum(-1, dtype=torch.float64), (1, 0))
+    def sum_(rank: Tensor) -> Tensor:
+        return candidates.sum_(torch.minimum(rank, limit))
 
-    theta_rank, theta_score, theta_position = _nth(ranked, where, counts, num_selected)
-    _, sigma_score, sigma_position = _nth(ranked, where, counts, support)
+    scores = candidates.scores
     if num_selected == 0:
-        tau = torch.full(theta_score.shape, torch.inf, dtype=table.dtype, device=table.device)
+        tau = torch.full(end.shape, torch.inf, dtype=scores.dtype, device=scores.device)
     else:
-        tau = solve_threshold(ranked, counts, sums, num_selected).to(table.dtype)
-    ones = torch.searchsorted(1 - ranked, -tau, right=True)
-    above = torch.searchsorted(-ranked, -tau)
-    num_ones, size = _take_rows(counts, ones), _take_rows(counts, above)
+        tau = solve_threshold(scores, total, num_selected, count=count, sum_=sum_).to(scores.dtype)
+    ones = torch.searchsorted(1 - scores, -tau, right=True)
+    num_ones, size_ = count(ones), count(torch.searchsorted(-scores, -tau))
     ones_selected = torch.minimum(ones, theta_rank)
-    interior_sum = _take_rows(sums, theta_rank) - _take_rows(sums, ones_selected)
-    interior_count = _take_rows(counts, theta_rank) - _take_rows(counts, ones_selected)
-    shifted = torch.where(interior_count > 0, interior_sum - tau.double() * interior_count, 0)
+    interior = count(theta_rank) - count(ones_selected)
+    shifted = sum_(theta_rank) - sum_(ones_selected) - tau.double() * interior
+    theta, sigma = candidates.bound(num_selected, theta_rank, total), candidates.bound(support, limit, total)
     return {
-        "theta_score": theta_score,
-        "theta_position": theta_position,
-        "sigma_score": sigma_score,
-        "sigma_position": sigma_position,
+        "theta_score": theta.scores,
+        "theta_position": theta.positions,
+        "sigma_score": sigma.scores,
+        "sigma_position": sigma.positions,
         "tau": tau,
-        "num_fractional": size - num_ones,
-        "support_size": size,
-        "selected_mass": (_take_rows(counts, ones_selected) + shifted).to(table.dtype),
+        "num_fractional": size_ - num_ones,
+        "support_size": size_,
+        "selected_mass": (count(ones_selected) + torch.where(interior > 0, shifted, 0)).to(scores.dtype),
     }
-
-
-def _nth(ranked: Tensor, where: Tensor, counts: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank (length of the list up to it), score and position of each query's n-th best candidate.
-
-    With fewer than n candidates everything is above the bound; with n = 0 nothing is.
-    """
-    target = torch.full(counts.shape[:-1], n, dtype=counts.dtype, device=counts.device).unsqueeze(-1)
-    length = torch.searchsorted(counts, target).squeeze(-1)
-    exists = length < counts.shape[-1]
-    index = (length - 1).clamp(0, ranked.shape[-1] - 1)
-    without = torch.inf if n == 0 else -torch.inf
-    score = torch.where(exists & (length > 0), ranked.gather(-1, index.flatten(3)).view_as(length), without)
-    position = torch.where(exists & (length > 0), where.gather(-1, index.flatten(3)).view_as(length), NOWHERE)
-    return length.clamp_max(counts.shape[-1] - 1), score, position
 
 
 def _intervals(
     table: Tensor,
     positions: Tensor,
     document_start: Tensor,
-    theta: _Bound,
-    sigma: _Bound,
+    theta: Bound,
+    sigma: Bound,
     tau: Tensor,
     *,
     window: int,
@@ -218,7 +181,7 @@ def _intervals(
     document_end = torch.searchsorted(starts, positions, right=True)
     candidate_from = torch.minimum((positions + window).clamp_min(0), document_end)
 
-    def below(bound: _Bound, query: Tensor) -> Tensor:
+    def below(bound: Bound, query: Tensor) -> Tensor:
         score, position = bound.scores.gather(-1, query), bound.positions.gather(-1, query)
         return (table < score) | ((table == score) & (positions < position))
 
@@ -243,8 +206,3 @@ def _first_query(low: Tensor, high: Tensor, crossed: Callable[[Tensor], Tensor])
         high = torch.where(is_open & true, middle, high)
         low = torch.where(is_open & ~true, middle + 1, low)
     return high
-
-
-def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """[..., q, m] at [..., q] -> [..., q]: one column of each row."""
-    return rows.gather(-1, index.unsqueeze(-1)).squeeze(-1)

@@ -8,18 +8,28 @@ between them. Everything is exact up to rounding; nothing iterates to a toleranc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def solve_threshold(ranked: Tensor, counts: Tensor, sums: Tensor, num_selected: int) -> Tensor:
+def solve_threshold(
+    ranked: Tensor,
+    total: Tensor,
+    num_selected: int,
+    *,
+    count: Callable[[Tensor], Tensor],
+    sum_: Callable[[Tensor], Tensor],
+) -> Tensor:
     """tau for q subsets of the same m ranked entries.
 
     Args:
         ranked: [..., m] entries, best first, finite.
-        counts: [..., q, m + 1]; counts[q, r] = how many of the first r entries belong to subset q.
-        sums: [..., q, m + 1] float64; the sum of those entries.
+        total: [..., q], the number of entries in each subset.
         num_selected: k >= 1. Subsets of at most k entries have no threshold: -inf.
+        count: ranks [..., q] -> how many of the first `rank` entries belong to each subset.
+        sum_: ranks [..., q] -> the sum of those entries, float64.
 
     Returns:
         [..., q] float64. Where f is flat at k (hard top-k), the lower end of the flat part.
@@ -31,37 +41,26 @@ def solve_threshold(ranked: Tensor, counts: Tensor, sums: Tensor, num_selected: 
 
     def at(corner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Number and sum of the entries strictly between 0 and 1 just below a corner, number of ones, the corner."""
-        low, high = _take(saturated, corner), _take(reached, corner)
-        ones = _take_rows(counts, low)
-        interior = _take_rows(counts, high) - ones
-        return interior, _take_rows(sums, high) - _take_rows(sums, low), ones, _take(corners, corner)
+        low, high = saturated.gather(-1, corner), reached.gather(-1, corner)
+        ones = count(low)
+        return count(high) - ones, sum_(high) - sum_(low), ones, corners.gather(-1, corner)
 
     # Invariant: f(corners[first]) <= k, and f(corners[last + 1]) > k if that corner exists.
-    first = torch.zeros(counts.shape[:-1], dtype=torch.int64, device=counts.device)
+    first = torch.zeros_like(total, dtype=torch.int64)
     last = torch.full_like(first, corners.shape[-1] - 1)
     for _ in range(corners.shape[-1].bit_length()):
         middle = (first + last + 1) // 2
-        interior, total, ones, corner = at(middle)
-        below = ones + total - corner * interior <= num_selected
+        interior, inside, ones, corner = at(middle)
+        below = ones + inside - corner * interior <= num_selected
         first, last = torch.where(below, middle, first), torch.where(below, last, middle - 1)
         last = torch.maximum(first, last)
 
-    interior, total, ones, corner = at(first)
-    sloped = (total - (num_selected - ones)) / interior.clamp_min(1)
+    interior, inside, ones, corner = at(first)
+    sloped = (inside - (num_selected - ones)) / interior.clamp_min(1)
     tau = torch.where(interior > 0, sloped, corner)
-    return torch.where(counts[..., -1] > num_selected, tau, -torch.inf)
+    return torch.where(total > num_selected, tau, -torch.inf)
 
 
 def _count_at_least(ranked: Tensor, bounds: Tensor) -> Tensor:
     """For each bound, how many entries of the descending `ranked` are >= it."""
     return torch.searchsorted((-ranked).contiguous(), (-bounds).contiguous(), right=True)
-
-
-def _take(row: Tensor, index: Tensor) -> Tensor:
-    """[..., m] at [..., q] -> [..., q]."""
-    return row.gather(-1, index)
-
-
-def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """[..., q, m] at [..., q] -> [..., q]: one column of each row."""
-    return rows.gather(-1, index.unsqueeze(-1)).squeeze(-1)

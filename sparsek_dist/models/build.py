@@ -45,6 +45,7 @@ def model_spec(config: Config, *, vocab_size: int) -> PreTrainedConfig:
         head_dim=m.head_dim,
         max_position_embeddings=config.data.sequence_length,
         rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
+        initializer_range=m.init_std,
         tie_word_embeddings=m.tie_embeddings,
         use_cache=False,
     )
