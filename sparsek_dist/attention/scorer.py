@@ -36,7 +36,7 @@ class RandomScores(nn.Module):
 
     def __init__(self, num_kv_heads: int, *, seed: int, layer: int) -> None:
         super().__init__()
-        self.num_kv_heads, self.salt = num_kv_heads, seed * 1000 + layer
+        self.num_kv_heads, self.salt = num_kv_heads, (seed * 1000 + layer) % (1 << 22)
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """[b, s, e], [b, s] -> [b, s, g], uniform in [0, 1)."""

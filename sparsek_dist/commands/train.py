@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -124,19 +125,32 @@ def _seed_rank(seed: int, rank: int) -> None:
 
 def _summarise(folder: Path, held_out: dict[str, float], corpus: Corpus, vocab_size: int, config: Config) -> None:
     """The last thing a run says: how good it is against a model that needs no training, and what to do next."""
-    trigram = trigram_bits_per_byte(corpus.train.tokens, corpus.held_out, vocab_size)
-    against = "too many tokens to count" if trigram is None else f"{trigram:.4f}"
-    share = f"{config.train.eval_sequences} contexts of the" if config.train.eval_sequences else "all"
+    store, train = corpus.held_out, config.train
+    contexts = Contexts(store, config.data.sequence_length, pad=True)
+    batches = evaluation_batches(
+        contexts, batch_size=train.micro_batch_size, limit=train.eval_sequences, data_rank=0, data_degree=1
+    )
+    count_bytes = byte_counter(config.data.tokenizer, store)
+    trigram = trigram_bits_per_byte(corpus.train.tokens, batches, vocab_size, eos=store.eos_id, count_bytes=count_bytes)
+    against = "has too large a vocabulary" if trigram is None else f"{trigram:.4f}"
+    text = f"{train.eval_sequences} held-out contexts" if train.eval_sequences else "all held-out text"
+    sparsek = _command("sparsek")
     lines = [
-        f"held-out bits per byte   {held_out['bits_per_byte']:.4f}  ({share} held-out text)",
-        f"trigram model            {against}  (all held-out text)",
+        f"held-out bits per byte   {held_out['bits_per_byte']:.4f}  (on {text})",
+        f"trigram model            {against}  (on the same)",
         f"run folder               {folder}",
         "",
-        f"curves and pictures      tensorboard --logdir {folder / 'tensorboard'}",
-        f"evaluate on all of it    sparsek eval {folder}",
-        f"let it write             sparsek generate {folder} --prompt 'def '",
-        "train on                 the same command with a larger train.steps",
+        f"curves and pictures      {_command('tensorboard')} --logdir {folder / 'tensorboard'}",
+        f"evaluate on all of it    {sparsek} eval {folder}",
+        f"let it write             {sparsek} generate {folder} --prompt 'def '",
+        "resume, train on         the same command, with a larger train.steps",
     ]
     # Wide enough for every line, whatever the terminal: a wrapped command cannot be copied.
     console = Console(highlight=False, width=max(map(len, lines)) + 4)
     console.print(Panel(escape("\n".join(lines)), title="done", expand=False))
+
+
+def _command(name: str) -> str:
+    """A command of this environment as it can be typed in this folder, even where the environment is not active."""
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name

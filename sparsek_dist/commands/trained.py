@@ -36,19 +36,19 @@ def evaluate_run(folder: Path, *, max_sequences: int) -> None:
     config, model, tokenizer = load_run(folder)
     corpus = prepare(config.data, tokenizer, seed=config.run.seed, progress=True)
     contexts = Contexts(corpus.held_out, config.data.sequence_length, pad=True)
-    batches = evaluation_batches(
-        contexts, batch_size=config.train.micro_batch_size, limit=max_sequences, data_rank=0, data_degree=1
-    )
+    size = config.train.micro_batch_size
+    batches = list(evaluation_batches(contexts, batch_size=size, limit=max_sequences, data_rank=0, data_degree=1))
     count_bytes = byte_counter(config.data.tokenizer, corpus.held_out)
     result = evaluate(model, batches, Mesh(), count_bytes=count_bytes, device=model.device)
-    trigram = trigram_bits_per_byte(corpus.train.tokens, corpus.held_out, len(tokenizer))
+    eos = corpus.held_out.eos_id
+    trigram = trigram_bits_per_byte(corpus.train.tokens, batches, len(tokenizer), eos=eos, count_bytes=count_bytes)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{result.targets:,.0f} targets of held-out text")
     console.print(f"loss           {result.loss:.4f} nats")
     console.print(f"perplexity     {result.perplexity:.4f}")
     console.print(f"bits per byte  {result.bits_per_byte:.4f}")
     if trigram is not None:
-        console.print(f"trigram model  {trigram:.4f} bits per byte, on all held-out text")
+        console.print(f"trigram model  {trigram:.4f} bits per byte, on the same text")
 
 
 def generate_from_run(folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> None:

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from sparsek_dist.data.store import TokenStore
+from sparsek_dist.data.loader import Batch
 
 MAX_VOCAB_SIZE = 512
 """Above it, a table of all trigrams would not fit: 512 cubed counts are 0.5 GiB."""
 _CHUNK = 1 << 20
 
 
-def trigram_bits_per_byte(train_tokens: np.ndarray, held_out_store: TokenStore, vocab_size: int) -> float | None:
-    """Interpolated trigram model of the training tokens, measured on the held-out documents.
+def trigram_bits_per_byte(
+    train_tokens: np.ndarray,
+    batches: Iterable[Batch],
+    vocab_size: int,
+    *,
+    eos: int,
+    count_bytes: Callable[[Tensor], Tensor],
+) -> float | None:
+    """Interpolated trigram model of the training tokens, measured on the batches that a model is measured on.
 
     Each order is mixed with the one below by the rule of Witten and Bell 1991, "The zero-frequency problem", method C,
     in the interpolated form of Chen and Goodman 1999, "An empirical study of smoothing techniques for language
@@ -24,24 +34,25 @@ def trigram_bits_per_byte(train_tokens: np.ndarray, held_out_store: TokenStore, 
 
     Args:
         train_tokens: [num_tokens], documents as `[bos] + tokens + [eos]` one after the other.
-        held_out_store: every token but the first of each document is predicted, as a language model predicts them.
+        batches: [b, n] as for `evaluate`; like a model, it sees nothing of what stands before a row.
         vocab_size: tokens lie below it.
+        eos: what stands before a document in the stream of training tokens.
+        count_bytes: from `byte_counter`.
 
     Returns:
-        Nats of all those tokens / (ln 2 * bytes of the held-out text), or None above `MAX_VOCAB_SIZE` tokens.
+        Nats of all targets / (ln 2 * their bytes), or None above `MAX_VOCAB_SIZE` tokens.
     """
     if vocab_size > MAX_VOCAB_SIZE:
         return None
-    tokens, offsets = held_out_store.tokens, held_out_store.offsets
-    bos, eos = int(tokens[0]), int(tokens[-1])
-    counts = _count(train_tokens, vocab_size, bos, eos)
-    mixture = _Mixture(counts)
-    nats = 0.0
-    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        # What stands before a document in the stream: the eos of another one.
-        document = np.concatenate([[eos], tokens[begin:end]]).astype(np.int64)
-        nats -= float(np.log(mixture.probability(document[:-2], document[1:-1], document[2:])).sum())
-    return nats / (math.log(2) * held_out_store.num_bytes)
+    mixture = _Mixture(_count(train_tokens, vocab_size, int(train_tokens[0]), eos))
+    nats = num_bytes = 0.0
+    for batch in batches:
+        before = torch.where(batch.position_ids > 0, batch.input_ids.roll(1, dims=1), eos)
+        predicted = batch.labels >= 0
+        u, v, w = (x[predicted].numpy() for x in (before, batch.input_ids, batch.labels))
+        nats -= float(np.log(mixture.probability(u, v, w)).sum())
+        num_bytes += float(count_bytes(batch.labels))
+    return nats / (math.log(2) * num_bytes)
 
 
 def _count(tokens: np.ndarray, vocab_size: int, bos: int, eos: int) -> np.ndarray:

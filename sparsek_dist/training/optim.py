@@ -54,7 +54,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """The torch optimizer that DeepSpeed wraps. Without momentum, the decay of torch's SGD is the decoupled one, too."""
+    """The torch optimizer that DeepSpeed wraps. Without momentum, the decay of SGD is the decoupled one, as AdamW's."""
     groups = parameter_groups(model, settings.weight_decay)
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate)

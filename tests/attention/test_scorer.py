@@ -1,0 +1,62 @@
+"""Scores: their scale at the start, their precision, and the fixed rules of the baselines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsek_dist.attention.parallel import Budget
+from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
+from sparsek_dist.config import AttentionConfig
+
+
+def _positions(n: int) -> torch.Tensor:
+    return torch.arange(n).unsqueeze(0)
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0, 3.0])
+def test_learned_scores_start_with_the_asked_deviation(std):
+    torch.manual_seed(0)
+    scores = ScoringNetwork(256, 4, std=std, slope=0.0)(torch.randn(1, 4000, 256), _positions(4000))
+    assert scores.shape == (1, 4000, 4)
+    assert float(scores.detach().std()) == pytest.approx(std, rel=0.1)
+
+
+def test_slope_prefers_newer_tokens_by_its_amount():
+    scorer = ScoringNetwork(8, 2, std=1.0, slope=0.25)
+    hidden = torch.randn(1, 1, 8).expand(1, 5, 8)
+    steps = scorer(hidden, _positions(5)).diff(dim=1)
+    torch.testing.assert_close(steps, torch.full_like(steps, 0.25))
+
+
+def test_scores_are_float32_at_least_whatever_the_model():
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        scorer = ScoringNetwork(8, 2, std=1.0, slope=0.0).to(dtype)
+        assert scorer(torch.randn(1, 3, 8, dtype=dtype), _positions(3)).dtype == expected
+
+
+@pytest.mark.parametrize("seed", [0, 7, 123_456_789])
+def test_random_scores_are_uniform_and_the_same_for_every_shard(seed):
+    scorer = RandomScores(3, seed=seed, layer=1)
+    hidden = torch.zeros(1, 30_000, 1)
+    whole = scorer(hidden, _positions(30_000))
+    assert torch.equal(whole[:, 9000:], scorer(hidden[:, 9000:], _positions(30_000)[:, 9000:]))
+    assert float(whole.min()) >= 0 and float(whole.max()) < 1
+    assert float(whole.mean()) == pytest.approx(0.5, abs=0.01)
+    assert float(whole.std()) == pytest.approx(12**-0.5, abs=0.01)
+    heads = torch.corrcoef(whole[0].T)
+    assert float((heads - torch.eye(3)).abs().max()) < 0.03
+    other = RandomScores(3, seed=seed, layer=2)(hidden, _positions(30_000))
+    assert abs(float(torch.corrcoef(torch.stack([whole.flatten(), other.flatten()]))[0, 1])) < 0.03
+
+
+def test_sinks_are_the_first_tokens_of_a_document():
+    scores = SinkScores(2)(torch.zeros(1, 7, 1), torch.tensor([[5, 0, 1, 2, 3, 4, 0]]))
+    assert scores[0, :, 0].tolist() == [0, 1, 1, 1, 1, 0, 1]
+
+
+def test_all_kinds_see_as_many_pairs():
+    for kind in ("sparsek", "random", "sink_window", "window"):
+        budget = Budget.of(AttentionConfig(kind=kind, num_selected=40, window=24))
+        assert budget.num_selected + budget.window == 64, kind
+        assert kind == "sparsek" or budget.gate == "none"
