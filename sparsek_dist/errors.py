@@ -16,9 +16,9 @@ class ConfigError(SparsekError, ValueError):
 
 
 class DataError(SparsekError):
-    """A corpus that cannot be read or holds nothing to train on."""
+    """A corpus that cannot be read or holds nothing to train on: for the user, a `data.path` that cannot work."""
 
-    exit_code = 3
+    exit_code = 2
 
 
 class CheckpointError(SparsekError):

@@ -132,6 +132,8 @@ def _files_below(root: Path, skip: Set[str] = frozenset()) -> Iterator[Path]:
 
 
 def _from_files(source: Source, data: DataConfig) -> datasets.Dataset:
+    if source.kind in ("stdlib", "text") and data.column != "text":
+        raise readers.missing_column(data.column, ["text"])
     copies = str(Path(data.cache) / f"documents-{readers.VERSION}")
     try:
         if source.kind == "parquet":
@@ -182,7 +184,9 @@ def _with_content(documents: datasets.Dataset, path: str) -> datasets.Dataset:
             kept.append(row)
         row += 1
     if not kept:
-        raise DataError(f"data.path = {path!r} holds no text: all of its {row} documents are empty")
+        raise DataError(
+            f"data.path = {path!r} holds no text: all of its {row} documents are empty; give some with text"
+        )
     if len(kept) == row:
         return documents
     logger.warning("%s: %d of %d documents are empty and left out", path, row - len(kept), row)

@@ -46,7 +46,8 @@ class MetricsLog:
         record = {"step": step} | {name: _json_number(value) for name, value in values.items()}
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
         for name, value in values.items():
-            self.scalar(name, value, step)
+            # TensorBoard groups by what stands before the slash: training curves share one panel.
+            self.scalar(name if "/" in name else f"train/{name}", value, step)
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One point of a TensorBoard curve."""

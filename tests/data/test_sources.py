@@ -162,3 +162,11 @@ def test_unreachable_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"data\.path = 'owner/name'.*HF_HUB_OFFLINE.*Couldn't reach"):
         load_documents(DataConfig(path="owner/name"))
+
+
+@pytest.mark.parametrize("path", ["python-stdlib", "plain.txt"])
+def test_a_column_that_plain_text_does_not_have_is_refused(tmp_path, path):
+    (tmp_path / "plain.txt").write_text("some text")
+    source = path if path == "python-stdlib" else str(tmp_path / path)
+    with pytest.raises(ConfigError, match=r"data\.column"):
+        load_documents(DataConfig(path=source, column="body", cache=str(tmp_path / "cache")))

@@ -54,7 +54,7 @@ def test_tensorboard_shows_each_step_once(tmp_path) -> None:
     _write(tmp_path, [1, 2, 3, 4])
     _write(tmp_path, [3, 4], start_step=2, offset=0.5)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 3.5), (4, 4.5)]
 
 
 def test_figure(tmp_path) -> None:
