@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from sparsek_kernels import sparsek_attention
 from torch import Tensor
+
+from sparsek_kernels import sparsek_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 

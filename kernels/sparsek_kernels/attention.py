@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsek_kernels.carry import Carry, empty_carry
-from sparsek_kernels.checks import check_attention, document_starts
+from sparsek_kernels.checks import check_attention, check_finite, document_starts
 from sparsek_kernels.chunked import chunked_attention
 from sparsek_kernels.columns import Shape
 from sparsek_kernels.dispatch import resolve
@@ -57,6 +58,7 @@ def sparsek_attention(
         ValueError: naming the argument that cannot work; for NaN or infinite scores; for a backend that cannot run.
     """
     check_attention(query, key, value, scores, num_selected=num_selected, window=window, support=support, gate=gate)
+    check_finite(scores)
     starts = document_starts(document_ids, query)
     support = DEFAULT_SUPPORT_RATIO * num_selected if support is None else support
     if resolve(backend, query.device) == "reference":
@@ -73,19 +75,10 @@ def sparsek_attention(
             scale=scale,
         )
     # No token has more than s candidates, so a larger k or S selects the same: keep the tables small.
-    support = min(support, query.shape[1])
-    num_selected = min(num_selected, query.shape[1])
-    carry = empty_carry(key, _precise(scores), num_selected=min(num_selected, support), support=support)
+    s = query.shape[1]
+    carry = empty_carry(key, _precise(scores), num_selected=min(num_selected, s), support=min(support, s))
     pad = (0, 0, 0, 0, window - 1, 0)
-    return chunked_attention(
-        query,
-        torch.nn.functional.pad(key, pad),
-        torch.nn.functional.pad(value, pad),
-        torch.nn.functional.pad(_precise(scores), pad[2:]),
-        starts,
-        carry,
-        _shape(query, num_selected, window, support, gate, scale),
-    )
+    return _run(query, F.pad(key, pad), F.pad(value, pad), F.pad(scores, pad[2:]), carry, starts, window, gate, scale)
 
 
 def shard_attention(
@@ -107,7 +100,7 @@ def shard_attention(
         query: [b, s, h, d].
         key: [b, w - 1 + s, g, d]: the w - 1 tokens before the shard (anything where there are none), then the shard;
             likewise value.
-        scores: [b, w - 1 + s, g].
+        scores: [b, w - 1 + s, g], finite: the caller has looked, as it can say which layer they come from.
         carry: summary of all earlier candidates; its shapes give k and S.
         document_start: [b, s] where each query's document begins, counted from the first query (negative if before).
     """
@@ -125,21 +118,25 @@ def shard_attention(
     )
     if resolve(backend, query.device) == "reference":
         raise ValueError("backend = 'reference' works on whole sequences only: use 'auto' or 'torch' for shards")
-    return chunked_attention(
-        query,
-        key,
-        value,
-        _precise(scores),
-        document_start,
-        carry,
-        _shape(query, num_selected, window, support, gate, scale),
-    )
+    return _run(query, key, value, scores, carry, document_start, window, gate, scale)
 
 
-def _shape(query: Tensor, num_selected: int, window: int, support: int, gate: str, scale: float | None) -> Shape:
-    chunk_size = 128 if num_selected + window >= 256 else 64
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    carry: Carry,
+    document_start: Tensor,
+    window: int,
+    gate: str,
+    scale: float | None,
+) -> Tensor:
+    num_selected, support = carry.key.shape[2], carry.scores.shape[2]
+    chunk_size = min(128 if num_selected + window >= 256 else 64, query.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Shape(num_selected, window, support, gate, scale, min(chunk_size, query.shape[1]))
+    shape = Shape(num_selected, window, support, gate, scale, chunk_size)
+    return chunked_attention(query, key, value, _precise(scores), document_start, carry, shape)
 
 
 def _precise(scores: Tensor) -> Tensor:

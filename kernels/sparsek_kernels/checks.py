@@ -54,6 +54,10 @@ def check_attention(
         )
     if gate not in get_args(Gate):
         raise ValueError(f"gate = {gate!r} must be one of {', '.join(get_args(Gate))}")
+
+
+def check_finite(scores: Tensor) -> None:
+    """A NaN would make the selection arbitrary without a trace. Waits for the device."""
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("scores hold NaN or infinity: the scoring network has diverged, or its input has")
 

@@ -9,12 +9,12 @@ Per layer and KV head a rank receives 2 d (w - 1 + (p - 1) k) + (p - 1) 2 S numb
 from __future__ import annotations
 
 import torch
-from sparsek_kernels import Carry, empty_carry, merge, summarize
-from sparsek_kernels.carry import NOWHERE
 from torch import Tensor
 
 from sparsek_dist.parallel.comm import gather, receive_left
 from sparsek_dist.parallel.mesh import RankGroup
+from sparsek_kernels import Carry, empty_carry, merge, summarize
+from sparsek_kernels.carry import NOWHERE
 
 EMPTY_INT32 = -(1 << 31)
 """NOWHERE on the wire: positions inside a shard fit into 32 bits."""

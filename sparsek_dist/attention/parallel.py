@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sparsek_kernels import shard_attention
 from torch import Tensor, nn
 
 from sparsek_dist.attention.exchange import add_halo, exchange_carry
 from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
 from sparsek_dist.config import NUM_SINKS, AttentionConfig
 from sparsek_dist.parallel.mesh import RankGroup
+from sparsek_kernels import shard_attention
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Budget:
     @classmethod
     def of(cls, config: AttentionConfig) -> Budget:
         """All kinds see num_selected + window pairs. Only `sparsek` has soft gates; the others need no support."""
-        k, w = config.num_selected, config.window
+        k, reach = config.num_selected, config.reach
         if config.kind == "sparsek":
-            return cls(k, w, config.support_size, config.gate)
+            return cls(k, reach, config.support_size, config.gate)
         if config.kind == "random":
-            return cls(k, w, k + 1, "none")
+            return cls(k, reach, k + 1, "none")
         if config.kind == "sink_window":
-            return cls(NUM_SINKS, k + w - NUM_SINKS, NUM_SINKS + 1, "none")
+            return cls(NUM_SINKS, reach, NUM_SINKS + 1, "none")
         assert config.kind == "window", "`full` is dense attention: it has no budget"
-        return cls(0, k + w, 0, "none")
+        return cls(0, reach, 0, "none")
 
 
 @dataclass(frozen=True)

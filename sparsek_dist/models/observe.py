@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sparsek_kernels import Selection, select
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ from sparsek_dist.models.adapter import attention_modules
 from sparsek_dist.parallel.comm import gather
 from sparsek_dist.parallel.layout import unshard
 from sparsek_dist.parallel.mesh import RankGroup
+from sparsek_kernels import Selection, select
 
 PICTURE_SIZE = 512
 """Rows and columns of the picture at most: longer sequences are sampled."""

@@ -8,6 +8,7 @@ import torch
 from sparsek_dist.attention.parallel import Budget
 from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
 from sparsek_dist.config import AttentionConfig
+from sparsek_kernels.attention import DEFAULT_SUPPORT_RATIO
 
 
 def _positions(n: int) -> torch.Tensor:
@@ -53,6 +54,11 @@ def test_random_scores_are_uniform_and_the_same_for_every_shard(seed):
 def test_sinks_are_the_first_tokens_of_a_document():
     scores = SinkScores(2)(torch.zeros(1, 7, 1), torch.tensor([[5, 0, 1, 2, 3, 4, 0]]))
     assert scores[0, :, 0].tolist() == [0, 1, 1, 1, 1, 0, 1]
+
+
+def test_settings_and_kernels_agree_on_the_default_support():
+    config = AttentionConfig(num_selected=24)
+    assert config.support_size == DEFAULT_SUPPORT_RATIO * config.num_selected
 
 
 def test_all_kinds_see_as_many_pairs():

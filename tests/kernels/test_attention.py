@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparsek_kernels import sparsek_attention
-from sparsek_kernels.reference import attention_reference, dense_reference
 from torch import Tensor
 
+from sparsek_kernels import sparsek_attention
+from sparsek_kernels.reference import attention_reference, dense_reference
 from tests.kernels.cases import EDGE_CASES, GATES, Case
 
 PACKED = Case("packed", s=61, b=2, num_selected=6, window=5, support=17, h=4, g=2, documents="random")

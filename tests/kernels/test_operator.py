@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparsek_kernels import sparsek
-from sparsek_kernels.reference import sparsek_reference
 from torch import Tensor
 
+from sparsek_kernels import sparsek
+from sparsek_kernels.reference import sparsek_reference
 from tests.kernels.cases import QUARTERS, score_entries
 
 SIZES = [(1, 1), (1, 3), (2, 1), (3, 3), (7, 2), (16, 15), (33, 8), (33, 40), (100, 1), (257, 64)]

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from sparsek_kernels.reference import attention_reference, dense_reference, selection_reference, sparsek_reference
 from torch import Tensor
 
+from sparsek_kernels.reference import attention_reference, dense_reference, selection_reference, sparsek_reference
 from tests.kernels.cases import EDGE_CASES, GATES, Case
 
 INF = math.inf

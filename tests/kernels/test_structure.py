@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparsek_kernels.reference import selection_reference
 from torch import Tensor
 
+from sparsek_kernels.reference import selection_reference
 from tests.kernels.cases import EDGE_CASES, QUARTERS, Case, document_start, score_entries
 
 INF = float("inf")

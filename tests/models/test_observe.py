@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsek_kernels.reference import selection_reference
 
 from sparsek_dist.config import AttentionConfig, Config, ModelConfig
 from sparsek_dist.models import build_model
 from sparsek_dist.models.adapter import attention_modules
 from sparsek_dist.models.observe import observe
 from sparsek_dist.parallel.mesh import Mesh
+from sparsek_kernels.reference import selection_reference
 
 SMALL = ModelConfig(hidden_size=16, intermediate_size=24, num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=4)
 
