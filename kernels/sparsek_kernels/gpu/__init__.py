@@ -1,0 +1,1 @@
+"""The same definition as Triton kernels: selection, forward, backward, decoding, and the operator alone."""
