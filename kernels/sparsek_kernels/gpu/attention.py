@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from sparsek_kernels.gpu.backward_key import grad_selected_kernel, grad_window_kernel, sum_rows_kernel
-from sparsek_kernels.gpu.backward_query import gate_sums_kernel, grad_query_kernel
+from sparsek_kernels.gpu.backward_query import grad_query_kernel
 from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.forward import forward_kernel
 from sparsek_kernels.gpu.layout import Layout, rows_of_selected
@@ -38,16 +38,12 @@ def backward(
     gate = "value" if call.gate == "straight_through" else call.gate
     grad_out = grad_out.contiguous()
     delta, grad_sums = torch.empty_like(lse), torch.empty(b, g, s, dtype=lse.dtype, device=lse.device)
-    constants, shared = call.constants(call.tiles.gates), _query_constants(call)
-    gate_sums_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
-        *_tables(call, gate), out, grad_out, lse, delta, grad_sums, *_numbers(call),
-        GATE=gate, STRAIGHT=call.gate == "straight_through", **shared, **constants,
-    )  # fmt: skip
     grad_query = torch.empty(b, s, h, d, dtype=call.query.dtype, device=lse.device)
     constants = call.constants(call.tiles.grad_query)
     grad_query_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
-        *_tables(call, gate), grad_out, lse, delta, grad_query, *_numbers(call), GATE=gate, **shared, **constants
-    )
+        *_tables(call, gate), out, grad_out, lse, delta, grad_sums, grad_query, *_numbers(call), GATE=gate,
+        STRAIGHT=call.gate == "straight_through", BG=call.tiles.gated_columns, **_query_constants(call), **constants,
+    )  # fmt: skip
     grad_key, grad_value, grad_u, carried = _grad_keys(call, gate, grad_out, lse, delta)
     if gate != "none":
         shares = grad_sums.double() / num_fractional.clamp_min(1)
@@ -88,7 +84,7 @@ def _grad_keys(
                 rows_key, rows_value, rows_u, layout.first_row, layout.chosen, layout.span_start, grad_u, num_carried,
                 support, t, layout.span_start.shape[-1] - 1, layout.num_rows, first,
                 D=d, BD=max(16, triton.next_power_of_2(d)), ROWS=16, HAS_GATE=gate != "none",
-                ACC=call.constants(tiles.gates)["ACC"], num_warps=4,
+                ACC=call.constants(tiles.grad_window)["ACC"], num_warps=4,
             )  # fmt: skip
         constants = call.constants(tiles.grad_window, key_major=True)
         grad_window_kernel[(triton.cdiv(t, constants["BN"]), count)](

@@ -10,26 +10,27 @@ result. Every sum has a fixed order: the same input gives the same bits.
 import triton
 import triton.language as tl
 
-from sparsek_kernels.gpu.backward_query import LOG2E, load_query_rows
-from sparsek_kernels.gpu.columns import BEFORE_ALL, gates_of, load_rows, row_pointers, tile_rows
+from sparsek_kernels.gpu.backward_query import LOG2E
+from sparsek_kernels.gpu.columns import load_pairs, load_rows, pairs_of, program_of, tile_rows
 
 
 @triton.jit
 def _accumulate(
-    keys, values, q_tile, do_tile, lse_row, delta_row, scale, gate, visible, state,
-    GATE: tl.constexpr, GENERAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    keys, values, rows, scale, gate, visible, state,
+    GATE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of queries to (dk / scale, dv, du) of a block of keys; gate and visible are [BN, rows]."""
     grad_k, grad_v, grad_u = state
+    q_tile, do_tile, lse_row, delta_row = rows
     logits = tl.dot(keys, tl.trans(q_tile), out_dtype=ACC, input_precision=PRECISION) * scale
-    if GENERAL and GATE == "key_value":
+    if GATE == "key_value":
         weights = tl.exp2(logits * gate - lse_row[None, :])
     else:
         weights = tl.exp2(logits - lse_row[None, :])
-    if GENERAL:
+    if MASK:
         weights = tl.where(visible, weights, 0.0)
     gain = tl.dot(values, tl.trans(do_tile), out_dtype=ACC, input_precision=PRECISION)
-    if GENERAL and GATE != "none":
+    if GATE != "none":
         gated = weights * gate
         grad_logits = weights * (gain * gate - delta_row[None, :])
         grad_gate = weights * gain
@@ -46,18 +47,41 @@ def _accumulate(
 
 
 @triton.jit
-def _query_tile(
-    q, grad_out, lse, delta, tile, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr,
+def _query_rows(
+    tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
+    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Rows of q and do [rows, BD], lse and delta [rows], and the queries [rows]. Rows that do not exist weigh nothing."""
+    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Rows that do not exist weigh nothing."""
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
-    q_tile = load_query_rows(q, batch, head, queries, member, exists, qb, qs, qh, G, D, BD)
-    place = ((batch.to(tl.int64) * s + queries) * heads + head * G + member) * D
-    do_tile = load_rows(grad_out + place, exists, D, BD, True)
-    row = (batch.to(tl.int64) * heads + head * G + member) * s + queries
+    q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
+    place = (batch * s + queries) * heads + head * G + member
+    do_tile = load_rows(grad_out + place * D, exists, D, BD, True)
+    row = (batch * heads + head * G + member) * s + queries
     lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
-    return q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0), queries
+    return (q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)), queries
+
+
+@triton.jit
+def _entries_of_block(
+    block, span, bg, alive, chosen, span_start, num_chunks, num_spans, num_blocks, s, t, S, window,
+    K: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Entries [BN] of one block of a span's pairs, which of them are real, and the query at which each joins."""
+    low, offsets = span * SPAN, tl.arange(0, BN)
+    if block < num_blocks:
+        index = block * BN + offsets
+        entry = tl.load(alive + (bg * num_chunks + low // CHUNK) * K + index, mask=index < K, other=-1)
+        real = entry >= 0
+        joined = tl.full([BN], low, tl.int32)
+    else:
+        begin = tl.load(span_start + bg * (num_spans + 1) + span)
+        end = tl.load(span_start + bg * (num_spans + 1) + span + 1)
+        index = begin + (block - num_blocks) * BN + offsets
+        entry = tl.load(chosen + bg * (t + 1) + index, mask=index < end, other=-1)
+        # Who joins with the span's first query stands in the list of those selected when it begins.
+        joined = tl.where(index < end, entry - S - (t - s) + window, s)
+        real = (joined > low) & (index < end)
+    return tl.where(real, entry, S), real, joined
 
 
 @triton.jit
@@ -70,67 +94,54 @@ def grad_selected_kernel(
 ):  # fmt: skip
     """One block of the pairs that a span's queries select: those selected when it begins, then those that join later."""
     block, span = tl.program_id(0), tl.program_id(1)
-    bg = (tl.program_id(2) + first_bg).to(tl.int64)
-    batch, head = bg // g, bg % g
-    low, high = span * SPAN, tl.minimum(span * SPAN + SPAN, s)
-    halo, offsets = t - s, tl.arange(0, BN)
-    if block < num_blocks:
-        index = block * BN + offsets
-        real = index < K
-        entry = tl.load(alive + (bg * num_chunks + low // CHUNK) * K + index, mask=real, other=-1)
-        real = entry >= 0
-        joined = tl.full([BN], low, tl.int32)
-    else:
-        begin = tl.load(span_start + bg * (num_spans + 1) + span)
-        end = tl.load(span_start + bg * (num_spans + 1) + span + 1)
-        index = begin + (block - num_blocks) * BN + offsets
-        real = index < end
-        entry = tl.load(chosen + bg * (t + 1) + index, mask=real, other=-1)
-        # Who joins with the span's first query stands in the list of those selected when it begins.
-        joined = tl.where(real, entry - S - halo + window, s)
-        real = joined > low
-        real = real & (index < end)
-    if tl.max(real.to(tl.int32), 0) == 0:
-        return
-    entry = tl.where(real, entry, S)
-    visible_until, plain_until = visible_until + bg * (S + t), plain_until + bg * (S + t)
-    until = tl.minimum(tl.load(visible_until + entry, mask=real, other=0), high)
+    bg, batch, head = program_of(tl.program_id(2) + first_bg, g)
+    entry, real, joined = _entries_of_block(
+        block, span, bg, alive, chosen, span_start, num_chunks, num_spans, num_blocks, s, t, S, window, K, CHUNK, SPAN, BN
+    )
+    high = tl.minimum(span * SPAN + SPAN, s)
+    until = tl.minimum(tl.load(visible_until + bg * (S + t) + entry, mask=real, other=0), high)
     score = tl.load(scores + bg * (S + t) + entry, mask=real, other=0.0)
-    plain = tl.min(tl.load(plain_until + entry, mask=real, other=high), 0)
-    keys = load_rows(row_pointers(entry, k + batch * kb + head * kg, carry_k + batch * cb + head * cg, ks, cs, S, HAS_CARRY), real, D, BD, True)
-    values = load_rows(row_pointers(entry, v + batch * vb + head * vg, carry_v + batch * cb + head * cg, vs, cs, S, HAS_CARRY), real, D, BD, True)
+    pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
+    keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
     state = (tl.zeros([BN, BD], ACC), tl.zeros([BN, BD], ACC), tl.zeros([BN], ACC))
 
-    # Whole tiles: for all queries before `plain` every pair of the block is visible and its gate is 1.
+    # Tiles before `gated` see all pairs of the block with gate 1, those before `general` see all.
     first = tl.min(joined, 0) // BQ
-    last = tl.cdiv(tl.max(until, 0), BQ)
-    switch = tl.where(block < num_blocks, tl.maximum(tl.minimum(plain // BQ, last), first), first)
-    for tile in tl.range(first, switch):
-        q_tile, do_tile, lse_row, delta_row, _ = _query_tile(
-            q, grad_out, lse, delta, tile, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), first)
+    plain = tl.min(tl.load(plain_until + bg * (S + t) + entry, mask=real, other=high), 0)
+    seen = tl.min(tl.where(real, until, high), 0)
+    general = tl.where(block < num_blocks, tl.maximum(tl.minimum(seen // BQ, last), first), first)
+    gated = tl.maximum(tl.minimum(plain // BQ, general), first)
+    # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads.
+    for step in tl.range(0, gated - first):
+        rows, _ = _query_rows(
+            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
-        state = _accumulate(
-            keys, values, q_tile, do_tile, lse_row, delta_row, scale, 1.0, 1, state, GATE, False, ACC, PRECISION
-        )
-    for tile in tl.range(switch, last):
-        q_tile, do_tile, lse_row, delta_row, queries = _query_tile(
-            q, grad_out, lse, delta, tile, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+        state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
+    if GATE != "none":
+        for step in tl.range(0, general - gated):
+            rows, queries = _query_rows(
+                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+            )
+            tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
+            gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
+            state = _accumulate(keys, values, rows, scale, gate, 1, state, GATE, False, ACC, PRECISION)
+    for step in tl.range(0, last - general):
+        rows, queries = _query_rows(
+            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
         visible = (joined[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
-        gate = 1.0
-        if GATE != "none":
-            tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
-            gate = gates_of(score[:, None], tau_row[None, :], BEFORE_ALL, queries[None, :], window)
-        state = _accumulate(
-            keys, values, q_tile, do_tile, lse_row, delta_row, scale, gate, visible, state, GATE, True, ACC, PRECISION
-        )
+        tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
+        gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
+        state = _accumulate(keys, values, rows, scale, gate, visible, state, GATE, True, ACC, PRECISION)
 
     grad_k, grad_v, grad_u = state
     # A pair's rows begin with the span in which it became a candidate (carried pairs: with the first span).
-    became = tl.where(entry < S, 0, tl.maximum(entry - S - halo + window, 0)) // SPAN
-    row = tl.program_id(2).to(tl.int64) * num_rows + tl.load(first_row + bg * (S + t + 1) + entry, mask=real, other=0) + span - became
+    became = tl.where(entry < S, 0, tl.maximum(entry - S - (t - s) + window, 0)) // SPAN
+    row = tl.load(first_row + bg * (S + t + 1) + entry, mask=real, other=0) + span - became
+    row = tl.program_id(2).to(tl.int64) * num_rows + row
     width = tl.arange(0, BD)
-    store = real[:, None] if D == BD else real[:, None] & (width < D)[None, :]
+    store = real[:, None] & (width < D)[None, :]
     tl.store(rows_k + row[:, None] * D + width[None, :], grad_k * (scale / LOG2E), mask=store)
     tl.store(rows_v + row[:, None] * D + width[None, :], grad_v, mask=store)
     if GATE != "none":
@@ -181,8 +192,8 @@ def grad_window_kernel(
 ):  # fmt: skip
     """One block of neighbouring keys and the queries in whose window they are; then the sums of the selected part."""
     block = tl.program_id(0)
-    bg = (tl.program_id(1) + first_bg).to(tl.int64)
-    batch, head, halo = bg // g, bg % g, t - s
+    bg, batch, head = program_of(tl.program_id(1) + first_bg, g)
+    halo = t - s
     row = block * BN + tl.arange(0, BN)
     real = row < t
     position = row - halo
@@ -198,28 +209,22 @@ def grad_window_kernel(
     # Tiles [begin, end): every query sees every key of the block.
     begin = tl.minimum(tl.maximum(tl.cdiv(newest, BQ), first), last)
     end = tl.minimum(tl.maximum(tl.min(tl.where(real, until, s), 0) // BQ, begin), last)
-    for tile in tl.range(begin, end):
-        q_tile, do_tile, lse_row, delta_row, _ = _query_tile(
-            q, grad_out, lse, delta, tile, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+    for step in tl.range(0, end - begin):
+        rows, _ = _query_rows(
+            begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
-        state = _accumulate(
-            keys, values, q_tile, do_tile, lse_row, delta_row, scale, 1.0, 1, state, "none", False, ACC, PRECISION
-        )
-    for step in tl.range(first, last - (end - begin)):
-        tile = tl.where(step < begin, step, step + end - begin)
-        q_tile, do_tile, lse_row, delta_row, queries = _query_tile(
-            q, grad_out, lse, delta, tile, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
-        )
+        state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
+    for step in tl.range(0, last - first - (end - begin)):
+        tile = first + step + tl.where(first + step < begin, 0, end - begin)
+        rows, queries = _query_rows(tile, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD)
         visible = (position[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
-        state = _accumulate(
-            keys, values, q_tile, do_tile, lse_row, delta_row, scale, 1.0, visible, state, "none", True, ACC, PRECISION
-        )
+        state = _accumulate(keys, values, rows, scale, 1.0, visible, state, "none", True, ACC, PRECISION)
 
     sum_k, sum_v, _ = state
     width = tl.arange(0, BD)
-    rows = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
-    was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > rows)
-    place = (tl.program_id(1).to(tl.int64) * num_rows + rows)[:, None] * D + width[None, :]
+    begin = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
+    was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > begin)
+    place = (tl.program_id(1).to(tl.int64) * num_rows + begin)[:, None] * D + width[None, :]
     load = was_selected[:, None] & (width < D)[None, :]
     sum_k = sum_k * (scale / LOG2E) + tl.load(rows_k + place, mask=load, other=0.0)
     sum_v += tl.load(rows_v + place, mask=load, other=0.0)

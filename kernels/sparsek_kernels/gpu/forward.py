@@ -1,17 +1,24 @@
-"""Forward: one online softmax over a tile's plain and general columns."""
+"""Forward: one online softmax over a tile's plain, gated and general columns."""
 
-# No `from __future__ import annotations`: Triton reads the annotations of constexpr arguments.
 import triton
 import triton.language as tl
 
-from sparsek_kernels.gpu.columns import column_entries, gates_of, load_rows, row_pointers, tile_columns, tile_rows
+from sparsek_kernels.gpu.columns import (
+    column_entries,
+    load_pairs,
+    load_rows,
+    pairs_of,
+    program_of,
+    tile_columns,
+    tile_rows,
+)
 
 LOWEST = tl.constexpr(-1e30)
 """Where running maxima begin: finite, because inf - inf is NaN."""
 
 
 @triton.jit
-def _accumulate(logits, v, gate, state, GATED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def _accumulate(logits, values, gate, state, GATED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """Online softmax in base 2: (largest logit, sum of weights, weighted values), each per row."""
     largest, total, out = state
     new = tl.maximum(largest, tl.max(logits, 1))
@@ -20,7 +27,7 @@ def _accumulate(logits, v, gate, state, GATED: tl.constexpr, ACC: tl.constexpr, 
     total = total * shrink + tl.sum(weights, 1)
     if GATED:
         weights = weights * gate
-    out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], out_dtype=ACC, input_precision=PRECISION)
+    out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], out_dtype=ACC, input_precision=PRECISION)
     return new, total, out
 
 
@@ -33,61 +40,57 @@ def forward_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head. `scale` includes log2 e; GATE is `none`, `value` or `key_value`."""
-    tile, batch, head = tl.program_id(0), tl.program_id(1) // g, tl.program_id(1) % g
-    bg = tl.program_id(1).to(tl.int64)
-    halo = t - s
+    tile = tl.program_id(0)
+    bg, batch, head = program_of(tl.program_id(1), g)
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
-    width = tl.arange(0, BD)
-    rows = queries.to(tl.int64) * qs + (head * G + member) * qh
-    q_tile = load_rows(q + batch.to(tl.int64) * qb + rows, exists, D, BD, True)
-    alive, middle, num_middle, count, num_plain, oldest, num_leaving, num_newest, newest = tile_columns(
-        tile, alive + bg * num_chunks * K, num_alive + bg * num_chunks, plain_until + bg * (S + t),
-        document_start + batch.to(tl.int64) * s, s, halo, window, S + halo, K, KP, CHUNK, BQ,
+    q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
+    pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
+    visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
+    columns, plain, gated, _, end = tile_columns(
+        tile, alive + bg * num_chunks * K, num_alive + bg * num_chunks, plain_until + bg * (S + t), visible_until,
+        document_start + batch * s, s, t - s, window, S + t - s, K, KP, CHUNK, BQ,
     )  # fmt: skip
-    k, v = k + batch.to(tl.int64) * kb + head * kg, v + batch.to(tl.int64) * vb + head * vg
-    carry_k, carry_v = carry_k + batch.to(tl.int64) * cb + head * cg, carry_v + batch.to(tl.int64) * cb + head * cg
-    visible_until, scores, tau = visible_until + bg * (S + t), scores + bg * (S + t), tau + bg * s
-
-    largest = tl.full([BQ * GP], LOWEST, ACC)
-    total = tl.zeros([BQ * GP], ACC)
-    acc = tl.zeros([BQ * GP, BD], ACC)
-    full = (num_middle + num_plain) // BN * BN
-    for low in tl.range(0, full, BN):
-        column = low + tl.arange(0, BN)
-        entry, _ = column_entries(column, alive, middle, num_middle, count, oldest, num_leaving, newest, S + halo)
-        keys = load_rows(row_pointers(entry, k, carry_k, ks, cs, S, HAS_CARRY), entry, D, BD, False)
+    state = (tl.full([BQ * GP], LOWEST, ACC), tl.zeros([BQ * GP], ACC), tl.zeros([BQ * GP, BD], ACC))
+    plain = plain // BN * BN
+    for low in tl.range(0, plain, BN):
+        entry, _ = column_entries(low + tl.arange(0, BN), columns)
+        keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
         logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
-        values = load_rows(row_pointers(entry, v, carry_v, vs, cs, S, HAS_CARRY), entry, D, BD, False)
-        largest, total, acc = _accumulate(logits, values, 1.0, (largest, total, acc), False, ACC, PRECISION)
-
-    end = num_middle + count + num_leaving + num_newest
+        state = _accumulate(logits, values, 1.0, state, False, ACC, PRECISION)
+    gated = tl.maximum(gated // BN * BN, plain)
+    tau_row = tl.load(tau + bg * s + queries, mask=exists, other=0.0)
     if GATE != "none":
-        tau_row = tl.load(tau + queries, mask=exists, other=0.0)
-    for low in tl.range(full, end, BN):
+        for low in tl.range(plain, gated, BN):
+            entry, position = column_entries(low + tl.arange(0, BN), columns)
+            score = tl.where(position < -window, tl.load(scores + entry), float("inf"))
+            keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
+            logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
+            gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
+            if GATE == "key_value":
+                logits *= gate
+            state = _accumulate(logits, values, gate, state, True, ACC, PRECISION)
+    for low in tl.range(gated, end, BN):
         column = low + tl.arange(0, BN)
-        real = column < end
-        entry, position = column_entries(
-            column, alive, middle, num_middle, count, oldest, num_leaving, newest, S + halo
-        )
-        entry = tl.where(real, entry, S)
-        until = tl.load(visible_until + entry, mask=real, other=0)
-        keys = load_rows(row_pointers(entry, k, carry_k, ks, cs, S, HAS_CARRY), real, D, BD, True)
+        entry, position = column_entries(column, columns)
+        entry = tl.where(column < end, entry, S)
+        until = tl.load(visible_until + entry, mask=column < end, other=0)
+        keys, values = load_pairs(entry, column < end, pairs, D, BD, HAS_CARRY, True)
         logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
         gate = 1.0
         if GATE != "none":
-            score = tl.load(scores + entry, mask=real, other=0.0)
-            gate = gates_of(score[None, :], tau_row[:, None], position[None, :], queries[:, None], window)
+            score = tl.load(scores + entry, mask=column < end, other=0.0)
+            gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
+            gate = tl.where(queries[:, None] - position[None, :] < window, 1.0, gate)
         if GATE == "key_value":
             logits *= gate
         visible = (position[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
         logits = tl.where(visible, logits, float("-inf"))
-        values = load_rows(row_pointers(entry, v, carry_v, vs, cs, S, HAS_CARRY), real, D, BD, True)
-        largest, total, acc = _accumulate(logits, values, gate, (largest, total, acc), GATE != "none", ACC, PRECISION)
+        state = _accumulate(logits, values, gate, state, GATE != "none", ACC, PRECISION)
 
+    largest, total, acc = state
     total = tl.where(exists, total, 1.0)
-    heads = g * G
-    row = (batch.to(tl.int64) * s + queries) * heads + head * G + member
-    store = exists[:, None] if D == BD else exists[:, None] & (width < D)[None, :]
-    tl.store(out + row[:, None] * D + width[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=store)
-    # lse stands as [b, h, s].
-    tl.store(lse + (batch.to(tl.int64) * heads + head * G + member) * s + queries, largest + tl.log2(total), mask=exists)
+    width = tl.arange(0, BD)
+    place = ((batch * s + queries) * g * G + head * G + member) * D
+    store = exists[:, None] & (width < D)[None, :]
+    tl.store(out + place[:, None] + width[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=store)
+    tl.store(lse + (batch * g * G + head * G + member) * s + queries, largest + tl.log2(total), mask=exists)
