@@ -114,7 +114,7 @@ def grad_selected_kernel(
     gated = tl.maximum(tl.minimum(plain // BQ, general), first)
     # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads.
     for step in tl.range(0, gated - first):
-        rows, _ = _query_rows(
+        rows, queries = _query_rows(
             first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
@@ -210,7 +210,7 @@ def grad_window_kernel(
     begin = tl.minimum(tl.maximum(tl.cdiv(newest, BQ), first), last)
     end = tl.minimum(tl.maximum(tl.min(tl.where(real, until, s), 0) // BQ, begin), last)
     for step in tl.range(0, end - begin):
-        rows, _ = _query_rows(
+        rows, queries = _query_rows(
             begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
@@ -220,7 +220,7 @@ def grad_window_kernel(
         visible = (position[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         state = _accumulate(keys, values, rows, scale, 1.0, visible, state, "none", True, ACC, PRECISION)
 
-    sum_k, sum_v, _ = state
+    sum_k, sum_v, unused = state
     width = tl.arange(0, BD)
     begin = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
     was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > begin)

@@ -80,7 +80,7 @@ def grad_query_kernel(
     tau_row = tl.load(tau + bg * s + queries, mask=exists, other=0.0)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
-    columns, plain, gated, _, end = tile_columns(
+    columns, plain, gated, end = tile_columns(
         tile, alive + bg * num_chunks * K, num_alive + bg * num_chunks, plain_until + bg * (S + t), visible_until,
         document_start + batch * s, s, t - s, window, S + t - s, K, KP, CHUNK, BQ,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def grad_query_kernel(
         delta_row -= missing
         grad -= delta_row[:, None] * mean_k
     for low in tl.range(0, plain, BN):
-        entry, _ = column_entries(low + tl.arange(0, BN), columns)
+        entry = column_entries(low + tl.arange(0, BN), columns)[0]
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
         logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
         gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)

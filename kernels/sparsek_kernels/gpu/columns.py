@@ -36,7 +36,7 @@ def tile_columns(
     tile, alive, num_alive, plain_until, visible_until, document_start, s, halo, window, first_row,
     K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
-    """What `column_entries` needs to know, and the ends of the plain, of the gated, of the gateable and of all columns.
+    """What `column_entries` needs to know, and the ends of the plain, of the gated and of all columns.
 
     Pointers are those of this (b, g); first_row is the entry of the key at position 0.
     """
@@ -57,10 +57,8 @@ def tile_columns(
         num_seen = tl.sum((tl.load(visible_until + listed, mask=ranks < count, other=0) >= high).to(tl.int32), 0)
     num_middle = low + 1 - middle
     columns = (alive, middle, num_middle, count, oldest, middle - oldest, low + 1, first_row)
-    left = num_middle + count + middle - oldest
-    # Behind a window shorter than the tile, even the tile's own keys can be selected.
-    gateable = left + tl.where(window < BQ, high - low - 1, 0)
-    return columns, num_middle + num_plain, num_middle + num_seen, gateable, left + high - low - 1
+    end = num_middle + count + middle - oldest + high - low - 1
+    return columns, num_middle + num_plain, num_middle + num_seen, end
 
 
 @triton.jit

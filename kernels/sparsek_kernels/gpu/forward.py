@@ -46,14 +46,14 @@ def forward_kernel(
     q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
-    columns, plain, gated, _, end = tile_columns(
+    columns, plain, gated, end = tile_columns(
         tile, alive + bg * num_chunks * K, num_alive + bg * num_chunks, plain_until + bg * (S + t), visible_until,
         document_start + batch * s, s, t - s, window, S + t - s, K, KP, CHUNK, BQ,
     )  # fmt: skip
     state = (tl.full([BQ * GP], LOWEST, ACC), tl.zeros([BQ * GP], ACC), tl.zeros([BQ * GP, BD], ACC))
     plain = plain // BN * BN
     for low in tl.range(0, plain, BN):
-        entry, _ = column_entries(low + tl.arange(0, BN), columns)
+        entry = column_entries(low + tl.arange(0, BN), columns)[0]
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
         logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
         state = _accumulate(logits, values, 1.0, state, False, ACC, PRECISION)
