@@ -1,0 +1,1 @@
+"""SPARSEK attention in Triton: selection, forward and backward for GPUs."""
