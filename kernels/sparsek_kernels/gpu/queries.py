@@ -27,7 +27,10 @@ def _sum_of(sums, low, high, segment, wanted):
 
 @triton.jit
 def quantile(tree, low, high, nth, TILE: tl.constexpr, SUM: tl.constexpr):
-    """Rank of the nth best entry (from 0) of [low, high), and the sum of those better than it; 0 <= nth < high - low."""
+    """Rank of the nth best entry, from 0, of [low, high), and the sum of those better than it.
+
+    0 <= nth < high - low, or the way down leads out of the table.
+    """
     zeros, sums, _ranked, length, levels, span = tree
     node = tl.zeros_like(low)
     total = low.to(tl.float64) * 0
@@ -70,10 +73,7 @@ def count_above(tree, low, high, bound, centre, TILE: tl.constexpr, SHIFTED: tl.
         pivot = node + half - 1
         exists = pivot < length
         score = tl.load(ranked + pivot, mask=exists, other=float("-inf")).to(bound.dtype) - centre
-        if SHIFTED:
-            worse = exists & (score - 1 >= bound)
-        else:
-            worse = exists & (score > bound)
+        worse = exists & (score - 1 >= bound if SHIFTED else score > bound)
         if SUM:
             inner = node & -tl.maximum(half, TILE)
             total += _sum_of(sums + level * length, better_low, better_high, inner, worse)
@@ -86,20 +86,21 @@ def count_above(tree, low, high, bound, centre, TILE: tl.constexpr, SHIFTED: tl.
 
 
 @triton.jit
-def candidate_range(query, start, carry_positions, carried, halo, window):
+def candidate_range(query, start, carry_positions, carried, carry_steps, halo, window):
     """The places [low, high) in the table of a query's candidates: positions start to query - window.
 
     The carried entries come first, by position (`carry_positions` [carried]); then the stream, whose first entry is
-    at position -halo.
+    at position -halo. `carry_steps` is bit_length(carried).
     """
+    before = start < -halo
     first = tl.zeros_like(query)
-    last = tl.where(start < -halo, carried, 0)
-    while tl.max(last - first, 0) > 0:
+    last = tl.where(before, carried, 0)
+    for _ in range(carry_steps):
         middle = (first + last) // 2
         is_open = first < last
         reached = tl.load(carry_positions + middle, mask=is_open, other=0) >= start
         last = tl.where(is_open & reached, middle, last)
         first = tl.where(is_open & (reached == 0), middle + 1, first)
-    low = tl.where(start < -halo, first, (carried + halo + start).to(tl.int32))
+    low = tl.where(before, first, (carried + halo + start).to(tl.int32))
     high = carried + tl.maximum(query - window + halo + 1, 0)
     return low, tl.maximum(low, high)

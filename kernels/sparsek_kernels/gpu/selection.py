@@ -75,7 +75,7 @@ def select_gpu(
         selected_mass=table.new_empty(b * g, s),
         alive=integers(chunks, num_selected),
     )
-    sizes = (g, s, carried, halo, num_selected, window)
+    sizes = (g, s, carried, carried.bit_length(), halo, num_selected, window)
     group = max(1, MAX_BYTES // (entries * bytes_per_entry(entries)))
     for first in range(0, b * g, group):
         rows = slice(first, min(first + group, b * g))
@@ -98,7 +98,7 @@ def _select_rows(
     chunk_size: int,
 ) -> None:
     """Fills in the selection's rows."""
-    _g, s, _carried, _halo, num_selected, _window = sizes
+    _g, s, _carried, _steps, _halo, num_selected, _window = sizes
     num_rows, entries = tree.ranks.shape
     theta, sigma = tree.ranks.new_empty(2, num_rows, s)
     per_query = (selection.tau, selection.num_fractional, selection.support_size, selection.selected_mass)
@@ -110,7 +110,7 @@ def _select_rows(
     per_entry = (selection.visible_until, selection.fractional_from, selection.fractional_until)
     _intervals[(triton.cdiv(entries, BLOCK), num_rows)](
         tree.ranked, tree.ranks, document_start, carry_positions, carry_order, selection.tau[rows], theta, sigma,
-        *(field[rows] for field in per_entry), entries, rows.start, *sizes, BLOCK=BLOCK, num_warps=4,
+        *(field[rows] for field in per_entry), entries, s.bit_length(), rows.start, *sizes, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     if num_selected > 0:
         alive = selection.alive[rows]
@@ -125,9 +125,9 @@ VISIBLE, FROM, UNTIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _first_query(low, high, score, rank, tau, bound, KIND: tl.constexpr):
+def _first_query(low, high, steps, score, rank, tau, bound, KIND: tl.constexpr):
     """First of the queries [low, high) that an entry has dropped out of, or high; it never comes back."""
-    while tl.max(high - low, 0) > 0:
+    for _ in range(steps):
         query = (low + high) // 2
         is_open = low < high
         if KIND == VISIBLE:
@@ -147,7 +147,7 @@ def _first_query(low, high, score, rank, tau, bound, KIND: tl.constexpr):
 def _intervals(
     ranked, ranks, document_start, carry_positions, carry_order, tau, theta, sigma,
     visible_until, fractional_from, fractional_until,
-    length, first_row, heads, s, carried, halo, num_selected, window, BLOCK: tl.constexpr,
+    length, steps, first_row, heads, s, carried, carry_steps, halo, num_selected, window, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The queries that see each entry of the table, and that see it fractionally."""
     row = tl.program_id(1).to(tl.int64)
@@ -155,7 +155,9 @@ def _intervals(
     inside = entry < length
     is_carried = inside & (entry < carried)
     position = (entry - carried - halo).to(tl.int64)
-    position = tl.where(is_carried, tl.load(carry_positions + row * carried + entry, mask=is_carried, other=0), position)
+    position = tl.where(
+        is_carried, tl.load(carry_positions + row * carried + entry, mask=is_carried, other=0), position
+    )
     slot = tl.load(carry_order + row * carried + entry, mask=is_carried, other=0)
     rank = tl.load(ranks + row * length + entry, mask=inside, other=0)
     score = tl.load(ranked + row * length + rank, mask=inside, other=0)
@@ -164,7 +166,7 @@ def _intervals(
     starts = document_start + (first_row + row) // heads * s
     low = tl.where(inside, tl.minimum(tl.maximum(position + 1, 0), s), s).to(tl.int32)
     end = tl.zeros_like(low) + s
-    while tl.max(end - low, 0) > 0:
+    for _ in range(steps):
         query = (low + end) // 2
         is_open = low < end
         later = tl.load(starts + query, mask=is_open, other=0) > position
@@ -173,9 +175,9 @@ def _intervals(
 
     begin = tl.minimum(tl.maximum(position + window, 0), end).to(tl.int32)
     tau, theta, sigma = tau + row * s, theta + row * s, sigma + row * s
-    until = _first_query(begin, end, score, rank, tau, theta, VISIBLE)
-    fraction_from = _first_query(begin, end, score, rank, tau, sigma, FROM)
-    fraction_until = _first_query(fraction_from, end, score, rank, tau, sigma, UNTIL)
+    until = _first_query(begin, end, steps, score, rank, tau, theta, VISIBLE)
+    fraction_from = _first_query(begin, end, steps, score, rank, tau, sigma, FROM)
+    fraction_until = _first_query(fraction_from, end, steps, score, rank, tau, sigma, UNTIL)
     out = row * length + tl.where(is_carried, slot, entry)
     tl.store(visible_until + out, until, mask=inside)
     tl.store(fractional_from + out, fraction_from, mask=inside)
@@ -186,7 +188,8 @@ def _intervals(
 def _list_alive(
     zeros, sums, ranked, order, length, levels, span,
     document_start, carry_positions, carry_order, alive,
-    first_row, heads, s, carried, halo, num_selected, window, chunk_size, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    first_row, heads, s, carried, carry_steps, halo, num_selected, window, chunk_size,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The k best candidates of each chunk's first query, best first, as places in (carry, stream)."""
     row = tl.program_id(1).to(tl.int64)
@@ -195,7 +198,7 @@ def _list_alive(
     nth = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     query = tl.zeros_like(nth) + chunk * chunk_size
     start = tl.load(document_start + (first_row + row) // heads * s + query)
-    low, high = candidate_range(query, start, carry_positions + row * carried, carried, halo, window)
+    low, high = candidate_range(query, start, carry_positions + row * carried, carried, carry_steps, halo, window)
     exists = nth < tl.minimum(num_selected, high - low)
     zeros, sums = zeros + row * levels * length, sums + row * levels * length
     tree = (zeros, sums, ranked, length, levels, span)

@@ -57,7 +57,8 @@ def _solve(tree, low, high, below, above, num_selected, limit, limit_sum, centre
 def select_kernel(
     zeros, sums, ranked, centre, length, levels, span,
     document_start, carry_positions, tau_out, num_fractional, support_size, selected_mass, theta, sigma,
-    first_row, heads, s, carried, halo, num_selected, window, support, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    first_row, heads, s, carried, carry_steps, halo, num_selected, window, support,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each query: tau and what follows from it, and the ranks of its k-th and S-th best (`length` if all are in)."""
     row = tl.program_id(1).to(tl.int64)
@@ -65,7 +66,7 @@ def select_kernel(
     inside = query < s
     query = tl.minimum(query, s - 1)
     start = tl.load(document_start + (first_row + row) // heads * s + query)
-    low, high = candidate_range(query, start, carry_positions + row * carried, carried, halo, window)
+    low, high = candidate_range(query, start, carry_positions + row * carried, carried, carry_steps, halo, window)
     available = high - low
     exists = available > 0
     # Queries without candidates look at the first entry alone, and then ignore it.
@@ -92,7 +93,17 @@ def select_kernel(
     next_centred = next_score.to(tl.float64) - middle
     flat = next_centred <= theta_score - 1
     solution = _solve(
-        tree, low, high, theta_score - 1, next_centred, num_selected, limit, limit_sum, middle, active & (flat == 0), TILE
+        tree,
+        low,
+        high,
+        theta_score - 1,
+        next_centred,
+        num_selected,
+        limit,
+        limit_sum,
+        middle,
+        active & (flat == 0),
+        TILE,
     )
     # Where f is flat at k (hard top-k): the lower end of the flat part.
     tau = tl.where(flat, next_score, (solution + middle).to(dtype))
@@ -105,8 +116,8 @@ def select_kernel(
     ones, reached = tl.minimum(ones, limit), tl.minimum(reached, limit)
     ones_selected = tl.minimum(ones, selected)
     interior = selected - ones_selected
-    shifted = selected_sum - ones_sum - (tau.to(tl.float64) - middle) * interior
-    mass = ones_selected + tl.where(interior > 0, shifted, 0.0)
+    shift = tl.where(interior > 0, tau, 0.0).to(tl.float64) - middle
+    mass = ones_selected + tl.where(interior > 0, selected_sum - ones_sum - shift * interior, 0.0)
 
     out = row * s + query
     tl.store(tau_out + out, tau, mask=inside)

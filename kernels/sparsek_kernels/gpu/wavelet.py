@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024
+TILE = 512
 """Entries that one program moves from a level to the next; a power of two."""
 TILES_AT_ONCE = tl.constexpr(128)
 
