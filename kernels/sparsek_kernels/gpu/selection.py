@@ -202,8 +202,8 @@ def _list_alive(
     exists = nth < tl.minimum(num_selected, high - low)
     zeros, sums = zeros + row * levels * length, sums + row * levels * length
     tree = (zeros, sums, ranked, length, levels, span)
-    # Lanes of nobody ask for the best of the first entry alone, so that their way stays inside the table.
-    low, high = tl.where(exists, low, 0), tl.where(exists, high, 1)
+    # Lanes of nobody look at the first entry of the stream, so that their way stays inside the table.
+    low, high = tl.where(exists, low, carried), tl.where(exists, high, carried + 1)
     rank, _ = quantile(tree, low, high, tl.where(exists, nth, 0), TILE, False)
     entry = tl.load(order + row * length + rank, mask=exists, other=0)
     is_carried = exists & (entry < carried)

@@ -69,8 +69,8 @@ def select_kernel(
     low, high = candidate_range(query, start, carry_positions + row * carried, carried, carry_steps, halo, window)
     available = high - low
     exists = available > 0
-    # Queries without candidates look at the first entry alone, and then ignore it.
-    low, high = tl.where(exists, low, 0), tl.where(exists, high, 1)
+    # Queries without candidates look at the first entry of the stream, and then ignore it.
+    low, high = tl.where(exists, low, carried), tl.where(exists, high, carried + 1)
     zeros, sums = zeros + row * levels * length, sums + row * levels * length
     ranked = ranked + row * length
     tree = (zeros, sums, ranked, length, levels, span)
