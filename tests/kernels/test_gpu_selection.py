@@ -219,8 +219,8 @@ def test_short_sequences(s: int, dtype: torch.dtype) -> None:
 @DTYPES
 def test_many_rows_and_small_blocks(dtype: torch.dtype, blocks: pytest.MonkeyPatch) -> None:
     blocks.setattr(gpu, "BLOCK", 32)
-    blocks.setattr(wavelet, "TILE", 8)
-    assert_equal(random_problem(11, "ties", dtype, 2, 2, 47, 6, 5, 13))
+    blocks.setattr(wavelet, "TILE", 16)
+    assert_equal(random_problem(11, "ties", dtype, 2, 2, 41, 6, 5, 13))
 
 
 def test_rows_one_by_one_give_what_rows_together_give(blocks: pytest.MonkeyPatch) -> None:
@@ -261,13 +261,13 @@ ARGUMENTS = {
 SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize(
     ("kernel", "most_registers"),
     [
         (select_kernel, 64),
-        (gpu._intervals, 40),
-        (gpu._list_alive, 40),
+        (gpu.interval_kernel, 40),
+        (gpu.alive_kernel, 40),
         (wavelet._total_tiles, 64),
         (wavelet._descend_level, 72),
     ],

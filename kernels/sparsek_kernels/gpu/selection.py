@@ -7,6 +7,8 @@ its intervals by binary search over the queries, and every chunk lists what its 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -80,45 +82,73 @@ def select_gpu(
     for first in range(0, b * g, group):
         rows = slice(first, min(first + group, b * g))
         tree = build_wavelet(table[rows], length)
-        _select_rows(
-            selection, tree, rows, document_start, carry_positions[rows], carry_order[rows], sizes, support, chunk_size
+        part = _Rows(
+            selection=Selection(**{name: field[rows] for name, field in vars(selection).items()}),
+            tree=tree,
+            bounds=tree.ranks.new_empty(2, rows.stop - first, s),
+            document_start=document_start,
+            carry_positions=carry_positions[rows],
+            carry_order=carry_order[rows],
+            sizes=(first, *sizes),
         )
+        _find_thresholds(part, support)
+        _find_intervals(part)
+        if num_selected > 0:
+            _list_alive(part, chunk_size)
     return Selection(**{name: field.unflatten(0, (b, g)) for name, field in vars(selection).items()})
 
 
-def _select_rows(
-    selection: Selection,
-    tree: Wavelet,
-    rows: slice,
-    document_start: Tensor,
-    carry_positions: Tensor,
-    carry_order: Tensor,
-    sizes: tuple[int, ...],
-    support: int,
-    chunk_size: int,
-) -> None:
-    """Fills in the selection's rows."""
-    _g, s, _carried, _steps, _halo, num_selected, _window = sizes
-    num_rows, entries = tree.ranks.shape
-    theta, sigma = tree.ranks.new_empty(2, num_rows, s)
-    per_query = (selection.tau, selection.num_fractional, selection.support_size, selection.selected_mass)
-    select_kernel[(triton.cdiv(s, BLOCK), num_rows)](
-        tree.zeros, tree.sums, tree.ranked, tree.centre, entries, tree.levels, 1 << tree.levels,
-        document_start, carry_positions, *(field[rows] for field in per_query), theta, sigma,
-        rows.start, *sizes, support, TILE=tree.tile, BLOCK=BLOCK, num_warps=4,
+@dataclass(frozen=True)
+class _Rows:
+    """What the kernels need of the rows they work on at a time."""
+
+    selection: Selection
+    """To be filled in; the rows of all fields are [rows, ...]."""
+    tree: Wavelet
+    bounds: Tensor
+    """[2, rows, s] int32: ranks of the k-th and the S-th best candidate of each query."""
+    document_start: Tensor
+    """[b, s], of all rows."""
+    carry_positions: Tensor
+    """[rows, S], ascending; and `carry_order` [rows, S], the slot of the carry that each comes from."""
+    carry_order: Tensor
+    sizes: tuple[int, ...]
+    """first row, g, s, S, bit_length(S), w - 1 or 0 tokens of halo, k, w: the order in which all kernels take them."""
+
+    @property
+    def tables(self) -> tuple[Tensor | int, ...]:
+        tree = self.tree
+        return tree.zeros, tree.sums, tree.ranked, tree.ranks.shape[1], tree.levels, 1 << tree.levels
+
+    def grid(self, length: int, programs: int = 1) -> tuple[int, int]:
+        return programs * triton.cdiv(length, BLOCK), self.tree.ranks.shape[0]
+
+
+def _find_thresholds(part: _Rows, support: int) -> None:
+    selection = part.selection
+    fields = (selection.tau, selection.num_fractional, selection.support_size, selection.selected_mass)
+    select_kernel[part.grid(selection.tau.shape[1])](
+        *part.tables, part.tree.centre, part.document_start, part.carry_positions, *fields, *part.bounds, *part.sizes,
+        support, TILE=part.tree.tile, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    per_entry = (selection.visible_until, selection.fractional_from, selection.fractional_until)
-    _intervals[(triton.cdiv(entries, BLOCK), num_rows)](
-        tree.ranked, tree.ranks, document_start, carry_positions, carry_order, selection.tau[rows], theta, sigma,
-        *(field[rows] for field in per_entry), entries, s.bit_length(), rows.start, *sizes, BLOCK=BLOCK, num_warps=4,
+
+
+def _find_intervals(part: _Rows) -> None:
+    selection, tree = part.selection, part.tree
+    fields = (selection.visible_until, selection.fractional_from, selection.fractional_until)
+    (s, entries) = selection.tau.shape[1], tree.ranks.shape[1]
+    interval_kernel[part.grid(entries)](
+        tree.ranked, tree.ranks, part.document_start, part.carry_positions, part.carry_order, selection.tau,
+        *part.bounds, *fields, entries, s.bit_length(), *part.sizes, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    if num_selected > 0:
-        alive = selection.alive[rows]
-        _list_alive[(alive.shape[1] * triton.cdiv(num_selected, BLOCK), num_rows)](
-            tree.zeros, tree.sums, tree.ranked, tree.order, entries, tree.levels, 1 << tree.levels,
-            document_start, carry_positions, carry_order, alive, rows.start, *sizes, chunk_size,
-            TILE=tree.tile, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+
+
+def _list_alive(part: _Rows, chunk_size: int) -> None:
+    alive = part.selection.alive
+    alive_kernel[part.grid(alive.shape[2], alive.shape[1])](
+        *part.tables, part.tree.order, part.document_start, part.carry_positions, part.carry_order, alive,
+        *part.sizes, chunk_size, TILE=part.tree.tile, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
 
 
 VISIBLE, FROM, UNTIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -144,7 +174,7 @@ def _first_query(low, high, steps, score, rank, tau, bound, KIND: tl.constexpr):
 
 
 @triton.jit
-def _intervals(
+def interval_kernel(
     ranked, ranks, document_start, carry_positions, carry_order, tau, theta, sigma,
     visible_until, fractional_from, fractional_until,
     length, steps, first_row, heads, s, carried, carry_steps, halo, num_selected, window, BLOCK: tl.constexpr,
@@ -185,8 +215,8 @@ def _intervals(
 
 
 @triton.jit
-def _list_alive(
-    zeros, sums, ranked, order, length, levels, span,
+def alive_kernel(
+    zeros, sums, ranked, length, levels, span, order,
     document_start, carry_positions, carry_order, alive,
     first_row, heads, s, carried, carry_steps, halo, num_selected, window, chunk_size,
     TILE: tl.constexpr, BLOCK: tl.constexpr,

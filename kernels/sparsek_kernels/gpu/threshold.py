@@ -55,7 +55,7 @@ def _solve(tree, low, high, below, above, num_selected, limit, limit_sum, centre
 
 @triton.jit
 def select_kernel(
-    zeros, sums, ranked, centre, length, levels, span,
+    zeros, sums, ranked, length, levels, span, centre,
     document_start, carry_positions, tau_out, num_fractional, support_size, selected_mass, theta, sigma,
     first_row, heads, s, carried, carry_steps, halo, num_selected, window, support,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
