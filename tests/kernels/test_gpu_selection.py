@@ -231,6 +231,13 @@ def test_rows_one_by_one_give_what_rows_together_give(blocks: pytest.MonkeyPatch
         assert torch.equal(field, getattr(together, name)), name
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_are_not_finite_do_not_hang(value: float) -> None:
+    problem = random_problem(2, "random", torch.float32, 1, 1, 30, 4, 3, 9)
+    problem.scores[0, 0, 5:7] = value
+    assert problem.on_gpu().tau.shape == (1, 1, 30)
+
+
 @pytest.mark.parametrize("pattern", ["random", "two_values", "increasing"])
 def test_the_selected_are_those_of_a_heap(pattern: str) -> None:
     problem = random_problem(21, pattern, torch.float32, 1, 1, 90, 7, 4, 16)

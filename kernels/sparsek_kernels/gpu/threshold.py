@@ -49,8 +49,31 @@ def _solve(tree, low, high, below, above, num_selected, limit, limit_sum, centre
         tau = tl.where(active, proposal, tau)
         last_ones = tl.where(inside, ones, -1)
         last_reached = tl.where(inside, reached, -1)
-        active = active & ((settled | stuck) == 0)
+        # A NaN score must give NaN, not a kernel that never ends.
+        active = active & ((settled | stuck) == 0) & (excess == excess)
     return tau
+
+
+@triton.jit
+def _mass_of(ones, ones_sum, selected, selected_sum, tau, centre):
+    """Sum of the gates of the selected, of whom `ones` have gate 1; the sums are of scores less the centre."""
+    ones = tl.minimum(ones, selected)
+    interior = selected - ones
+    shift = tl.where(interior > 0, tau, 0.0).to(tl.float64) - centre
+    return ones + tl.where(interior > 0, selected_sum - ones_sum - shift * interior, 0.0)
+
+
+@triton.jit
+def _kth_and_limit(tree, low, high, num_selected, support, centre, TILE: tl.constexpr):
+    """Of the k-th, the (k + 1)-th and the S-th best, or the last: rank; sum up to it of scores less the centre."""
+    _zeros, _sums, ranked, _length, _levels, _span = tree
+    last = high - low - 1
+    kth, kth_sum = quantile(tree, low, high, tl.minimum(tl.maximum(num_selected - 1, 0), last), TILE, True)
+    after, _ = quantile(tree, low, high, tl.minimum(num_selected, last), TILE, False)
+    limit, limit_sum = quantile(tree, low, high, tl.minimum(support - 1, last), TILE, True)
+    kth_sum += tl.load(ranked + kth).to(tl.float64) - centre
+    limit_sum += tl.load(ranked + limit).to(tl.float64) - centre
+    return kth, kth_sum, after, limit, limit_sum
 
 
 @triton.jit
@@ -77,48 +100,32 @@ def select_kernel(
     middle = tl.load(centre + row)
     dtype: tl.constexpr = ranked.dtype.element_ty
 
-    last = tl.maximum(available, 1) - 1
-    kth = tl.minimum(tl.maximum(num_selected - 1, 0), last)
-    theta_rank, selected_sum = quantile(tree, low, high, kth, TILE, True)
-    next_rank, _ = quantile(tree, low, high, tl.minimum(num_selected, last), TILE, False)
-    sigma_rank, limit_sum = quantile(tree, low, high, tl.minimum(support - 1, last), TILE, True)
+    theta_rank, selected_sum, next_rank, sigma_rank, limit_sum = _kth_and_limit(
+        tree, low, high, num_selected, support, middle, TILE
+    )
     theta_score = tl.load(ranked + theta_rank).to(tl.float64) - middle
     next_score = tl.load(ranked + next_rank)
-    limit_sum += tl.load(ranked + sigma_rank).to(tl.float64) - middle
-    selected_sum += theta_score
     limit = tl.minimum(available, support)
     selected = tl.minimum(available, num_selected)
 
     active = inside & (available > num_selected) & (num_selected > 0)
     next_centred = next_score.to(tl.float64) - middle
     flat = next_centred <= theta_score - 1
+    active = active & (flat == 0)
     solution = _solve(
-        tree,
-        low,
-        high,
-        theta_score - 1,
-        next_centred,
-        num_selected,
-        limit,
-        limit_sum,
-        middle,
-        active & (flat == 0),
-        TILE,
+        tree, low, high, theta_score - 1, next_centred, num_selected, limit, limit_sum, middle, active, TILE
     )
     # Where f is flat at k (hard top-k): the lower end of the flat part.
     tau = tl.where(flat, next_score, (solution + middle).to(dtype))
     tau = tl.where(available > num_selected, tau, float("-inf"))
     tau = tl.where(num_selected > 0, tau, float("inf")).to(dtype)
 
-    no_centre = tl.zeros([BLOCK], dtype)
-    ones, ones_sum = count_above(tree, low, high, tau, no_centre, TILE, True, True)
-    reached, _ = count_above(tree, low, high, tau, no_centre, TILE, False, False)
+    # Counted in the arithmetic of the gates' own dtype.
+    zero = tl.zeros_like(tau)
+    ones, ones_sum = count_above(tree, low, high, tau, zero, TILE, True, True)
+    reached, _ = count_above(tree, low, high, tau, zero, TILE, False, False)
+    mass = _mass_of(ones, ones_sum, selected, selected_sum, tau, middle)
     ones, reached = tl.minimum(ones, limit), tl.minimum(reached, limit)
-    ones_selected = tl.minimum(ones, selected)
-    interior = selected - ones_selected
-    shift = tl.where(interior > 0, tau, 0.0).to(tl.float64) - middle
-    mass = ones_selected + tl.where(interior > 0, selected_sum - ones_sum - shift * interior, 0.0)
-
     out = row * s + query
     tl.store(tau_out + out, tau, mask=inside)
     tl.store(num_fractional + out, reached - ones, mask=inside)
