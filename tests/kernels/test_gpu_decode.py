@@ -154,10 +154,15 @@ POINTERS = {
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("h", "d", "k", "gate"),
-    [(4, 128, 512, "none"), (4, 128, 1024, "key_value"), (1, 64, 1024, "none"), (1, 64, 512, "value")],
+    ("h", "d", "k", "gate", "arch"),
+    [
+        (4, 128, 512, "none", 90),
+        (4, 128, 1024, "key_value", 90),
+        (4, 128, 1024, "value", 80),
+        (1, 64, 1024, "none", 80),
+        (1, 64, 512, "value", 90),
+    ],
 )
 def test_fits_without_spilling(h: int, d: int, k: int, gate: str, arch: int) -> None:
     """One KV head of h32 g8 d128 and of h16 g16 d64."""
