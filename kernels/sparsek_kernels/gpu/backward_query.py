@@ -85,7 +85,8 @@ def grad_query_kernel(
         document_start + batch * s, s, t - s, window, S + t - s, K, KP, CHUNK, BQ,
     )  # fmt: skip
     plain = plain // BN * BN
-    gated = tl.maximum(gated // BG * BG, plain)
+    # Without gates there are plain columns and general ones.
+    gated = plain if GATE == "none" else tl.maximum(gated // BG * BG, plain)
     zero = tl.zeros([BQ * GP], ACC)
     state = (tl.zeros([BQ * GP, BD], ACC), tl.zeros([BQ * GP, BD], ACC), zero, zero)
     if GATE != "none":

@@ -57,7 +57,7 @@ def forward_kernel(
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
         logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
         state = _accumulate(logits, values, 1.0, state, False, ACC, PRECISION)
-    gated = tl.maximum(gated // BN * BN, plain)
+    gated = plain if GATE == "none" else tl.maximum(gated // BN * BN, plain)
     tau_row = tl.load(tau + bg * s + queries, mask=exists, other=0.0)
     if GATE != "none":
         for low in tl.range(plain, gated, BN):
