@@ -1,4 +1,5 @@
-"""Which settings can stand together. Pure: reads values, changes none, touches nothing outside.
+"""Which settings can stand together. Pure: reads values, changes none, touches nothing outside, and asks of the machine
+only whether it can run Triton.
 
 Each function yields one message per mistake: `field = value` first, the cure after the colon.
 """
@@ -10,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from sparsek_kernels.dispatch import no_triton
 
 if TYPE_CHECKING:
     from sparsek_dist.config import Config
@@ -132,8 +135,8 @@ def _attention(config: Config) -> Iterator[str]:
             f"attention.num_selected + attention.window = {attention.num_selected + attention.window} leaves no window "
             "beside the first tokens that sink_window keeps: raise either"
         )
-    if attention.backend == "triton":
-        yield "attention.backend = triton is not part of this version: use auto or torch"
+    if attention.backend == "triton" and (hindrance := no_triton()):
+        yield f"attention.backend = triton cannot run here: {hindrance}; use auto or torch"
     if attention.backend == "reference":
         yield "attention.backend = reference is quadratic and for tests of the kernels only: use auto or torch"
 

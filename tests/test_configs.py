@@ -48,7 +48,7 @@ WRONG = {
     "parallel.sequence_degree=3": "sequence_length = 1024 must be a multiple of .*degree = 3: use 1023 or 1026",
     "parallel.sequence_degree=64": "leaves shards of 16 tokens, shorter than the window of 32.*degree of at most 32",
     "parallel.zero_stage=-1": "parallel.zero_stage = -1 must not be negative",
-    "attention.backend=triton": "attention.backend = triton is not part of this version",
+    "attention.backend=triton": "attention.backend = triton cannot run here",
     "parallel.zero_stage=4": "parallel.zero_stage = 4 is not a ZeRO stage: use 0, 1, 2 or 3",
     "parallel.deepspeed={bf16: {}}": "parallel.deepspeed.bf16 is derived from other settings or unknown",
     "parallel.deepspeed={comms_loger: {}}": "did you mean comms_logger?",

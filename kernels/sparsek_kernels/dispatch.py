@@ -39,9 +39,9 @@ def resolve(backend: str, query: Tensor, num_kv_heads: int) -> str:
 def why_not_triton(query: Tensor, num_kv_heads: int) -> str | None:
     """What keeps the Triton kernels from running on these queries, in words; None if nothing does."""
     b, _, h, d = query.shape
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if hindrance := no_triton():
+        return hindrance
+    interpreted = _interpreted()
     if query.device.type != "cuda" and not interpreted:
         return f"the tensors are on {query.device.type}, and Triton compiles for CUDA devices"
     if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
@@ -56,6 +56,19 @@ def why_not_triton(query: Tensor, num_kv_heads: int) -> str | None:
     if b * num_kv_heads > MOST_HEADS:
         return f"batch x KV heads is {b * num_kv_heads}, the kernels take at most {MOST_HEADS}"
     return None
+
+
+def no_triton() -> str | None:
+    """What keeps Triton from running on this machine at all, in words; None if nothing does."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _interpreted() and torch.cuda.device_count() == 0:
+        return "there is no CUDA device, for which Triton compiles"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _say(chosen: str, device: str, reason: str) -> str:
