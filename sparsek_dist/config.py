@@ -109,8 +109,8 @@ class DataConfig:
 class ParallelConfig:
     sequence_degree: int = 1
     """p: ranks that share one sequence, each with a contiguous shard."""
-    exchange: Literal["all_gather"] = "all_gather"
-    """How selected pairs reach later ranks."""
+    exchange: Literal["auto", "all_gather", "scan"] = "auto"
+    """How selected pairs reach later ranks: all at once, or in log2(p) rounds; `auto` gathers up to degree 8."""
     zero_stage: int = 2
     """DeepSpeed ZeRO stage, 0 to 3: what is partitioned over all ranks."""
     timeout_minutes: float = 10.0

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from sparsek_dist.config import Config
 from sparsek_dist.models.adapter import install
 from sparsek_dist.parallel.mesh import Mesh
+from sparsek_dist.parallel.recompute import keep_received
 
 
 def build_model(config: Config, mesh: Mesh, *, vocab_size: int) -> PreTrainedModel:
@@ -25,9 +26,9 @@ def build_model(config: Config, mesh: Mesh, *, vocab_size: int) -> PreTrainedMod
         # Dense attention stays transformers' own.
         model = AutoModelForCausalLM.from_config(spec, attn_implementation="sdpa")
         if config.attention.kind != "full":
-            install(model, config.attention, mesh.sequence, seed=config.run.seed)
+            install(model, config.attention, mesh.sequence, seed=config.run.seed, exchange=config.parallel.exchange)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_received})
     return model
 
 
