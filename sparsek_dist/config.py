@@ -108,7 +108,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     sequence_degree: int = 1
-    """p: ranks that share one sequence, each with a contiguous shard."""
+    """p: ranks that share one sequence, each with a contiguous shard. Sequences are padded to a multiple of it."""
     exchange: Literal["auto", "all_gather", "scan"] = "auto"
     """How selected pairs reach later ranks: all at once, or in log2(p) rounds; `auto` gathers up to degree 8."""
     zero_stage: int = 2
@@ -181,8 +181,8 @@ class Config:
 
     @property
     def shard_length(self) -> int:
-        """Tokens of one context on one rank."""
-        return self.data.sequence_length // self.parallel.sequence_degree
+        """Tokens of one context on one rank, up to p - 1 of padding on the last included."""
+        return -(-self.data.sequence_length // self.parallel.sequence_degree)
 
     def data_parallel_degree(self, world_size: int) -> int:
         """Sequence-parallel groups, each reading different contexts."""
