@@ -57,7 +57,9 @@ CASES = {
     "baseline sink_window": Case(_attention(kind="sink_window")),
     "baseline window": Case(_attention(kind="window"), "random"),
     "baseline full": Case(_attention(kind="full"), "random"),
-    "baseline full in one document": Case(_attention(kind="full", num_selected=0), length=LENGTH - 1),
+    "baseline full in one document": Case(
+        _attention(kind="full", num_selected=0), length=LENGTH - 1, activation_checkpointing=True
+    ),
 }
 
 
@@ -194,6 +196,11 @@ def test_every_degree_equals_one_process(world_size):
         if run.case == "recomputed":
             plain = outcomes[replace(run, case="not recomputed")]
             assert [rank["received"] for rank in ranks] == [rank["received"] for rank in plain]
+        if run.case == "baseline full":
+            # Two layers, forward and backward, float64; and positions as int32, forward.
+            tokens, p = BATCH * LENGTH // run.degree, run.degree
+            each = 2 * (2 * (2 * 24 + 2 * 12) * 2 * 8 * tokens * (p - 1) // p + 4 * tokens * (p - 1))
+            assert [rank["received"] for rank in ranks] == [each * run.steps] * p
 
 
 def _exchanges(case: Case) -> tuple[str, ...]:
