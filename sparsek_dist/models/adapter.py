@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from sparsek_dist.attention.exchange import Exchange
 from sparsek_dist.attention.parallel import Budget, ParallelAttention, build_scorer
 from sparsek_dist.config import AttentionConfig
 from sparsek_dist.errors import ConfigError, NumericsError
@@ -25,7 +26,9 @@ SUPPORTED = ("llama",)
 """Architectures (`model_type`) whose attention modules are known to fit."""
 
 
-def install(model: PreTrainedModel, config: AttentionConfig, group: RankGroup, *, seed: int) -> None:
+def install(
+    model: PreTrainedModel, config: AttentionConfig, group: RankGroup, *, seed: int, exchange: Exchange = "auto"
+) -> None:
     """Gives every attention layer of `model` a scorer and this rank's attention.
 
     Raises:
@@ -40,7 +43,7 @@ def install(model: PreTrainedModel, config: AttentionConfig, group: RankGroup, *
         )
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _no_mask)
-    attention = ParallelAttention(Budget.of(config), group, config.backend)
+    attention = ParallelAttention(Budget.of(config), group, config.backend, exchange)
     for index, module in enumerate(attention_modules(model)):
         module.scorer = build_scorer(
             config, hidden_size=spec.hidden_size, num_kv_heads=spec.num_key_value_heads, seed=seed, layer=index
