@@ -1,0 +1,274 @@
+"""`sparsek doctor`: can these processes, started this way on these hosts, train together? One table, one verdict.
+
+Every rank runs it; rank 0 prints. The ranks first speak through a store, not through the process group, so that rank 0
+can still say who is missing, or what differs, where the group never forms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparsek_dist.commands.doctor_checks import Facts, Finding, inspect, judge
+from sparsek_dist.errors import ConfigError, PeerError
+from sparsek_dist.parallel.links import measure_links
+from sparsek_dist.parallel.meeting import Meeting
+from sparsek_dist.parallel.rendezvous import Ranks, discover, initialize, shutdown
+
+LARGE_SKEW = 1.0
+"""Seconds between clocks from which logs and file times of two hosts cannot be compared."""
+
+STRAGGLER = 4.0
+"""A link this many times slower than the median link holds everyone up."""
+
+SLOW_FOLDER_SECONDS = 5.0
+"""How long a network file system may take to show a new file to the other hosts."""
+
+COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
+
+
+def doctor(folder: Path, *, timeout: float) -> int:
+    """Looks, compares, times the links, and prints on rank 0; returns the exit code, the same on all ranks.
+
+    Args:
+        folder: where runs go, `run.root`.
+        timeout: seconds to wait for other ranks, in each step.
+
+    Raises:
+        ConfigError: if a launcher set only some of its variables.
+        PeerError: if this rank cannot reach rank 0.
+    """
+    ranks = discover()
+    facts = inspect(ranks, folder)
+    meeting = Meeting(ranks, timeout=timeout)
+    meeting.publish("facts", asdict(facts))
+    if ranks.rank == 0:
+        return _lead(meeting, ranks, folder)
+    # Rank 0 may have waited its whole time for others.
+    plan = meeting.hear("plan", patience=2)
+    if plan is not None:
+        _follow(meeting, ranks, folder, plan)
+    code = meeting.hear("verdict", patience=4)
+    meeting.publish("left", True)
+    return code
+
+
+def _lead(meeting: Meeting, ranks: Ranks, folder: Path) -> int:
+    """Rank 0: asks for one thing after the other, judges, prints, and lets the others go."""
+    came = {rank: Facts(**told) for rank, told in meeting.collect("facts").items()}
+    everyone = list(came.values())
+    findings = judge(everyone, ranks.world_size)
+    if len(came) == ranks.world_size:
+        leaders = [facts.rank for facts in everyone if facts.local_rank == 0]
+        plan = {"leaders": leaders, "nonce": uuid.uuid4().hex[:12]}
+        meeting.tell("plan", plan)
+        findings += [_compare_clocks(meeting, came, leaders), _lead_folder(meeting, folder, plan, came)]
+        meeting.tell("links", True)
+        _links(meeting, ranks)
+        findings += _judge_links(meeting, came)
+    else:
+        meeting.tell("plan", None)
+    code = max((finding.exit_code for finding in findings), default=0)
+    _print(findings, everyone)
+    meeting.tell("verdict", code)
+    # The store lives in this process: the others must have read it.
+    meeting.publish("left", True)
+    meeting.collect("left", senders=[rank for rank in came if rank != 0], patience=0.2)
+    return code
+
+
+def _follow(meeting: Meeting, ranks: Ranks, folder: Path, plan: dict[str, Any]) -> None:
+    if ranks.rank in plan["leaders"]:
+        meeting.publish("clock", _clock_offset(meeting))
+        _use_folder(meeting, ranks.rank, folder, plan)
+    meeting.hear("links", patience=4)
+    _links(meeting, ranks)
+
+
+# --- clocks ---
+
+
+def _clock_offset(meeting: Meeting) -> float:
+    """Seconds by which rank 0's clock is ahead: its answer lies in the middle of the fastest round trip."""
+    rank = meeting.ranks.rank
+    trips = []
+    for index in range(5):
+        sent = time.time()
+        meeting.publish(f"ping-{index}", True)
+        told = meeting.hear(f"pong-{rank}-{index}", patience=4)
+        received = time.time()
+        trips.append((received - sent, told - (sent + received) / 2))
+    return min(trips)[1]
+
+
+def _compare_clocks(meeting: Meeting, came: dict[int, Facts], leaders: list[int]) -> Finding:
+    offsets: dict[int, float] = {}
+    for rank in leaders:
+        if rank == 0:
+            continue
+        for index in range(5):
+            if meeting.collect(f"ping-{index}", senders=[rank]):
+                meeting.tell(f"pong-{rank}-{index}", time.time())
+        offsets |= meeting.collect("clock", senders=[rank])
+    if not offsets:
+        return Finding("clocks", "one host")
+    worst = max(offsets, key=lambda rank: abs(offsets[rank]))
+    found = f"{abs(offsets[worst]) * 1000:.0f} ms apart at most ({came[0].host}, {came[worst].host})"
+    late = abs(offsets[worst]) > LARGE_SKEW
+    return Finding("clocks", found, "start a time service (chrony, systemd-timesyncd) on all hosts" if late else "")
+
+
+# --- the folder of runs ---
+
+
+def _use_folder(meeting: Meeting, rank: int, folder: Path, plan: dict[str, Any]) -> None:
+    """The first process of each host leaves a file and looks for those of the other hosts."""
+    place = folder / f".doctor-{plan['nonce']}"
+    mine = place / f"rank-{rank}"
+    problem, unseen = None, []
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        mine.write_text("sparsek doctor")
+    except OSError as error:
+        problem = str(error)
+    meeting.publish("wrote", problem)
+    if rank == 0:
+        meeting.tell("look", sorted(meeting.collect("wrote", senders=plan["leaders"])))
+    expected = [place / f"rank-{other}" for other in meeting.hear("look", patience=2)] if problem is None else []
+    deadline = time.monotonic() + SLOW_FOLDER_SECONDS
+    while unseen := [path.name for path in expected if not path.exists()]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    meeting.publish("seen", {"problem": problem, "unseen": unseen})
+    # Only when all have looked may it go again.
+    if rank == 0:
+        meeting.tell("looked", sorted(meeting.collect("seen", senders=plan["leaders"])))
+    meeting.hear("looked", patience=2)
+    with contextlib.suppress(OSError):
+        mine.unlink()
+        place.rmdir()
+
+
+def _lead_folder(meeting: Meeting, folder: Path, plan: dict[str, Any], came: dict[int, Facts]) -> Finding:
+    _use_folder(meeting, 0, folder, plan)
+    told = meeting.collect("seen", senders=plan["leaders"])
+    for rank, seen in told.items():
+        if seen["problem"] is not None:
+            found = f"{came[rank].host} cannot write to {folder}: {seen['problem']}"
+            return Finding(
+                "run folder", found, "make it writable there, or use another run.root", ConfigError.exit_code
+            )
+    for rank, seen in told.items():
+        if seen["unseen"]:
+            found = f"{came[rank].host} does not see in {folder} what other hosts wrote there"
+            cure = "mount one shared folder at the same path on every host"
+            return Finding("run folder", found, cure, PeerError.exit_code)
+    hosts = f", seen by all {len(told)} hosts" if len(told) > 1 else ""
+    return Finding("run folder", f"{folder}: writable{hosts}")
+
+
+# --- links ---
+
+
+def _links(meeting: Meeting, ranks: Ranks) -> None:
+    """Makes the process group and times its links; publishes the timings, or why there are none."""
+    # So that NCCL raises when time is up, instead of ending the process.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    try:
+        device = initialize(ranks, timeout=meeting.limit)
+        timings = [] if ranks.world_size == 1 else measure_links(device)
+        meeting.publish("timings", {"timings": [asdict(timing) for timing in timings]})
+    except (PeerError, ConfigError, RuntimeError) as error:
+        meeting.publish("timings", {"problem": str(error).splitlines()[0]})
+        return
+    shutdown()
+
+
+def _judge_links(meeting: Meeting, came: dict[int, Facts]) -> list[Finding]:
+    told = meeting.collect("timings", patience=1.5)
+    problems = {rank: told[rank]["problem"] for rank in told if "problem" in told[rank]}
+    problems |= {rank: "fell silent" for rank in came if rank not in told}
+    if problems:
+        rank, problem = next(iter(problems.items()))
+        cure = (
+            "let the hosts reach each other on all ports, not only that of rank 0; name the interface they share in "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (launch/env.sh); NCCL_DEBUG=INFO tells more"
+        )
+        return [Finding("links", f"rank {rank} on {came[rank].host}: {problem}", cure, PeerError.exit_code)]
+    if len(came) == 1:
+        return [Finding("links", "one process")]
+    return [_judge_size([told[rank]["timings"][index] for rank in came], came) for index in range(3)]
+
+
+def _judge_size(timings: list[dict[str, Any]], came: dict[int, Facts]) -> Finding:
+    """One row: the slowest rank's all-gather, and the slowest pair of neighbours."""
+    size = timings[0]["num_bytes"]
+    gather = max(timing["all_gather"] for timing in timings)
+    pairs = {
+        (rank, int(other)): seconds
+        for rank, timing in enumerate(timings)
+        for other, seconds in timing["exchange"].items()
+        if rank < int(other)
+    }
+    worst = max(pairs, key=lambda pair: pairs[pair])
+    hosts = " - ".join(dict.fromkeys(came[rank].host for rank in worst))
+    found = (
+        f"all-gather {_seconds(gather)}, {_rate(size, gather)}; "
+        f"neighbours {_seconds(pairs[worst])}, {_rate(size, pairs[worst])} (ranks {worst[0]} - {worst[1]}, {hosts})"
+    )
+    # Links inside a host and between hosts differ by nature: each is compared with its like.
+    inside = [came[first].host == came[second].host for first, second in pairs]
+    alike = [time for time, same in zip(pairs.values(), inside, strict=True) if same == (len(hosts.split(" - ")) == 1)]
+    slow = len(alike) > 2 and pairs[worst] > STRAGGLER * statistics.median(alike)
+    return Finding(
+        f"links, {_size(size)}", found, "see cables, switch ports and NCCL_IB_HCA of that pair" if slow else ""
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
+
+
+def _rate(num_bytes: int, seconds: float) -> str:
+    rate = num_bytes / seconds
+    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.0f} MB/s"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes >> 20} MiB" if num_bytes >> 20 else f"{num_bytes >> 10} KiB"
+
+
+# --- the table ---
+
+
+def _print(findings: list[Finding], everyone: list[Facts]) -> None:
+    # A log file has no width of its own, and launchers show too small a one.
+    console = Console(highlight=False)
+    console.width = max(console.width, 110)
+    table = Table("check", "found", "", title="sparsek doctor", title_justify="left", show_lines=False)
+    for finding in findings:
+        found = Text(finding.found)
+        if finding.cure:
+            found.append(f"\n-> {finding.cure}", style="bold")
+        table.add_row(finding.check, found, Text(finding.verdict, style=COLOURS[finding.verdict]))
+    console.print(table)
+    failed = [finding.check for finding in findings if finding.exit_code]
+    warned = [finding.check for finding in findings if finding.cure and not finding.exit_code]
+    hosts = len({facts.host for facts in everyone})
+    place = f"{len(everyone)} process{'es' * (len(everyone) > 1)} on {hosts} host{'s' * (hosts > 1)}"
+    if failed:
+        console.print(f"verdict: not ready ({', '.join(failed)})", style="bold red")
+    else:
+        besides = f", but see: {', '.join(warned)}" if warned else ""
+        console.print(f"verdict: ready to train, {place}{besides}", style="yellow" if warned else "green")
