@@ -2,6 +2,7 @@
 # Trains on this machine: one process per GPU, or two processes where there is no GPU.
 # Usage: launch/local.sh CONFIG [key=value ...]
 #        launch/local.sh doctor
+# DRY_RUN=1 only prints.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage_unless 1 $# "${1:-}"
