@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import sys
+import threading
 import time
 import uuid
 from dataclasses import asdict
@@ -52,18 +54,19 @@ def doctor(folder: Path, *, timeout: float) -> int:
     facts = inspect(ranks, folder)
     meeting = Meeting(ranks, timeout=timeout)
     meeting.publish("facts", asdict(facts))
-    if ranks.rank == 0:
-        return _lead(meeting, ranks, folder)
-    # Rank 0 may have waited its whole time for others.
-    plan = meeting.hear("plan", patience=2)
-    if plan is not None:
-        _follow(meeting, ranks, folder, plan)
-    code = meeting.hear("verdict", patience=4)
-    meeting.publish("left", True)
+    # Apart, because gloo and NCCL may wait far longer than they are told to.
+    links = threading.Thread(target=_time_links, args=(meeting, ranks), daemon=True)
+    code = _lead(meeting, ranks, folder, links) if ranks.rank == 0 else _follow(meeting, ranks, folder, links)
+    if links.ident is not None:
+        links.join(1.0)
+    if links.is_alive():
+        # It would keep this process from ending.
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 
-def _lead(meeting: Meeting, ranks: Ranks, folder: Path) -> int:
+def _lead(meeting: Meeting, ranks: Ranks, folder: Path, links: threading.Thread) -> int:
     """Rank 0: asks for one thing after the other, judges, prints, and lets the others go."""
     came = {rank: Facts(**told) for rank, told in meeting.collect("facts").items()}
     everyone = list(came.values())
@@ -74,7 +77,7 @@ def _lead(meeting: Meeting, ranks: Ranks, folder: Path) -> int:
         meeting.tell("plan", plan)
         findings += [_compare_clocks(meeting, came, leaders), _lead_folder(meeting, folder, plan, came)]
         meeting.tell("links", True)
-        _links(meeting, ranks)
+        links.start()
         findings += _judge_links(meeting, came)
     else:
         meeting.tell("plan", None)
@@ -87,12 +90,19 @@ def _lead(meeting: Meeting, ranks: Ranks, folder: Path) -> int:
     return code
 
 
-def _follow(meeting: Meeting, ranks: Ranks, folder: Path, plan: dict[str, Any]) -> None:
-    if ranks.rank in plan["leaders"]:
-        meeting.publish("clock", _clock_offset(meeting))
-        _use_folder(meeting, ranks.rank, folder, plan)
-    meeting.hear("links", patience=4)
-    _links(meeting, ranks)
+def _follow(meeting: Meeting, ranks: Ranks, folder: Path, links: threading.Thread) -> int:
+    """Every other rank: does what rank 0 asks for, and leaves with its verdict."""
+    # Rank 0 may have waited its whole time for others.
+    plan = meeting.hear("plan", patience=2)
+    if plan is not None:
+        if ranks.rank in plan["leaders"]:
+            meeting.publish("clock", _clock_offset(meeting))
+            _use_folder(meeting, ranks.rank, folder, plan)
+        meeting.hear("links", patience=4)
+        links.start()
+    code = meeting.hear("verdict", patience=4)
+    meeting.publish("left", True)
+    return code
 
 
 # --- clocks ---
@@ -181,7 +191,7 @@ def _lead_folder(meeting: Meeting, folder: Path, plan: dict[str, Any], came: dic
 # --- links ---
 
 
-def _links(meeting: Meeting, ranks: Ranks) -> None:
+def _time_links(meeting: Meeting, ranks: Ranks) -> None:
     """Makes the process group and times its links; publishes the timings, or why there are none."""
     # So that NCCL raises when time is up, instead of ending the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
@@ -190,15 +200,14 @@ def _links(meeting: Meeting, ranks: Ranks) -> None:
         timings = [] if ranks.world_size == 1 else measure_links(device)
         meeting.publish("timings", {"timings": [asdict(timing) for timing in timings]})
     except (PeerError, ConfigError, RuntimeError) as error:
-        meeting.publish("timings", {"problem": str(error).splitlines()[0]})
+        meeting.publish("timings", {"problem": " ".join(str(error).split())[:300]})
         return
     shutdown()
 
 
 def _judge_links(meeting: Meeting, came: dict[int, Facts]) -> list[Finding]:
-    told = meeting.collect("timings", patience=1.5)
-    problems = {rank: told[rank]["problem"] for rank in told if "problem" in told[rank]}
-    problems |= {rank: "fell silent" for rank in came if rank not in told}
+    told = meeting.collect("timings", patience=1.5, enough=lambda told: bool(_problems(told)))
+    problems = _problems(told) or {rank: "no answer in time" for rank in came if rank not in told}
     if problems:
         rank, problem = next(iter(problems.items()))
         cure = (
@@ -209,6 +218,10 @@ def _judge_links(meeting: Meeting, came: dict[int, Facts]) -> list[Finding]:
     if len(came) == 1:
         return [Finding("links", "one process")]
     return [_judge_size([told[rank]["timings"][index] for rank in came], came) for index in range(3)]
+
+
+def _problems(told: dict[int, Any]) -> dict[int, str]:
+    return {rank: value["problem"] for rank, value in told.items() if "problem" in value}
 
 
 def _judge_size(timings: list[dict[str, Any]], came: dict[int, Facts]) -> Finding:

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -67,26 +68,33 @@ class Meeting:
         """Leaves this rank's value, which must be plain data (JSON), for `collect`."""
         self._store.set(f"{key}/{self.ranks.rank}", json.dumps(value))
 
-    def collect(self, key: str, *, senders: list[int] | None = None, patience: float = 1.0) -> dict[int, Any]:
+    def collect(
+        self,
+        key: str,
+        *,
+        senders: list[int] | None = None,
+        patience: float = 1.0,
+        enough: Callable[[dict[int, Any]], bool] = lambda told: False,
+    ) -> dict[int, Any]:
         """Rank -> what it has published; those who are silent for `patience` times the timeout are left out.
 
         Args:
             key: as published.
             senders: ranks to wait for; all if None.
             patience: how many timeouts to wait.
+            enough: whether what has come is enough to wait no longer.
         """
         waiting = list(range(self.ranks.world_size)) if senders is None else list(senders)
         told: dict[int, Any] = {}
-        deadline = time.monotonic() + patience * self.timeout
-        pause = SHORTEST_POLL
-        while True:
+
+        def ask() -> bool:
             for rank in [rank for rank in waiting if self._store.check([f"{key}/{rank}"])]:
                 told[rank] = json.loads(self._store.get(f"{key}/{rank}"))
                 waiting.remove(rank)
-            if not waiting or time.monotonic() > deadline:
-                return dict(sorted(told.items()))
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_POLL)
+            return not waiting or enough(told)
+
+        self._poll(ask, patience)
+        return dict(sorted(told.items()))
 
     def tell(self, key: str, value: Any) -> None:
         """From rank 0 to all."""
@@ -98,13 +106,24 @@ class Meeting:
         Raises:
             PeerError: if it tells nothing in time, or is gone.
         """
+        silent = f"rank 0 at {self.ranks.address}:{self.ranks.port} fell silent: what it printed says why"
         try:
-            self._store.wait([f"{key}/told"], timedelta(seconds=patience * self.timeout))
+            if not self._poll(lambda: self._store.check([f"{key}/told"]), patience):
+                raise PeerError(silent)
             return json.loads(self._store.get(f"{key}/told"))
         except (dist.DistError, RuntimeError) as error:
-            raise PeerError(
-                f"rank 0 at {self.ranks.address}:{self.ranks.port} fell silent: what it printed says why"
-            ) from error
+            raise PeerError(silent) from error
+
+    def _poll(self, ask: Callable[[], bool], patience: float) -> bool:
+        """Whether `ask` came true in time. The store's own waiting would lock out this process's other threads."""
+        deadline = time.monotonic() + patience * self.timeout
+        pause = SHORTEST_POLL
+        while not ask():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL)
+        return True
 
 
 def _why_not(ranks: Ranks, timeout: float) -> str:
