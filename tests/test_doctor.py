@@ -30,6 +30,7 @@ HEALTHY = Facts(
     versions={"python": "3.12.3", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0", "cuda": "13.0"},
     code="0123456789ab",
     devices=["H200 140 GiB", "H200 140 GiB"],
+    gpu_id=None,
     gpu_free=0.99,
     driver="580.1",
     memory_free=64 * GIB,
@@ -43,7 +44,9 @@ HEALTHY = Facts(
 
 def _cluster(**other: object) -> list[Facts]:
     """Four ranks on two hosts; what is given is so on the last rank only."""
-    ranks = [replace(HEALTHY, rank=rank, local_rank=rank % 2, host=f"node{rank // 2}") for rank in range(4)]
+    ranks = [
+        replace(HEALTHY, rank=rank, local_rank=rank % 2, host=f"node{rank // 2}", gpu_id=str(rank)) for rank in range(4)
+    ]
     return [*ranks[:3], replace(ranks[3], **other)]  # type: ignore[arg-type]
 
 
@@ -67,6 +70,7 @@ AILMENTS: dict[str, tuple[dict[str, object], str, int, str]] = {
     "cuda": ({"versions": HEALTHY.versions | {"cuda": None}}, "versions", 6, "none on node1"),
     "sources": ({"code": "ffffffffffff"}, "sources", 6, "ffffffffffff on node1"),
     "crowded": ({"local_rank": 2, "local_size": 3}, "devices", 2, "node1 runs 3 processes and shows 2 GPUs"),
+    "shared": ({"gpu_id": "2"}, "devices", 2, "ranks 2, 3 on node1 share one GPU"),
     "no GPU": ({"devices": []}, "devices", 6, "no GPU on node1"),
     "mixed": ({"devices": ["A100 80 GiB"] * 2}, "devices", 0, "A100 80 GiB on node1"),
     "busy": ({"gpu_free": 0.4}, "devices", 0, "only 40% free on node1"),

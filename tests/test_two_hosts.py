@@ -155,3 +155,15 @@ def test_doctor_through_every_launcher(tmp_path):
         assert code == 0, said
         assert "verdict: ready to train, 4 processes on 2 hosts" in said
         assert "FAIL" not in said
+
+
+@pytest.mark.slow
+def test_doctor_names_links_that_do_not_work(tmp_path):
+    """The ranks meet, but gloo is told to speak through each host's own loopback; it would wait for minutes."""
+    with two_hosts(tmp_path / "first") as hosts:
+        place = {"NODES": "2", "SLOTS": "1", "MASTER_ADDR": hosts[0].address, "GLOO_SOCKET_IFNAME": "lo"}
+        command = ["launch/no_ssh.sh", "doctor", "--folder", str(tmp_path / "runs")]
+        nodes = [host.start(command, NODE_RANK=str(rank), **place) for rank, host in enumerate(hosts)]
+        outputs = [node.communicate(timeout=100)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [6, 6]
+    assert "verdict: not ready (links)" in outputs[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 import sys
 import threading
 import time
@@ -22,16 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsek_dist.commands.doctor_checks import Facts, Finding, inspect, judge
+from sparsek_dist.commands.doctor_links import judge_links, time_links
 from sparsek_dist.errors import ConfigError, PeerError
-from sparsek_dist.parallel.links import measure_links
 from sparsek_dist.parallel.meeting import Meeting
-from sparsek_dist.parallel.rendezvous import Ranks, discover, initialize, shutdown
+from sparsek_dist.parallel.rendezvous import Ranks, discover
 
 LARGE_SKEW = 1.0
 """Seconds between clocks from which logs and file times of two hosts cannot be compared."""
-
-STRAGGLER = 4.0
-"""A link this many times slower than the median link holds everyone up."""
 
 SLOW_FOLDER_SECONDS = 5.0
 """How long a network file system may take to show a new file to the other hosts."""
@@ -55,7 +51,7 @@ def doctor(folder: Path, *, timeout: float) -> int:
     meeting = Meeting(ranks, timeout=timeout)
     meeting.publish("facts", asdict(facts))
     # Apart, because gloo and NCCL may wait far longer than they are told to.
-    links = threading.Thread(target=_time_links, args=(meeting, ranks), daemon=True)
+    links = threading.Thread(target=time_links, args=(meeting, ranks), daemon=True)
     code = _lead(meeting, ranks, folder, links) if ranks.rank == 0 else _follow(meeting, ranks, folder, links)
     if links.ident is not None:
         links.join(1.0)
@@ -76,9 +72,12 @@ def _lead(meeting: Meeting, ranks: Ranks, folder: Path, links: threading.Thread)
         plan = {"leaders": leaders, "nonce": uuid.uuid4().hex[:12]}
         meeting.tell("plan", plan)
         findings += [_compare_clocks(meeting, came, leaders), _lead_folder(meeting, folder, plan, came)]
-        meeting.tell("links", True)
-        links.start()
-        findings += _judge_links(meeting, came)
+        # NCCL's words about a GPU that is missing or taken would only bury those above.
+        can_try = not any(finding.exit_code for finding in findings if finding.check == "devices")
+        meeting.tell("links", can_try)
+        if can_try:
+            links.start()
+            findings += judge_links(meeting, came)
     else:
         meeting.tell("plan", None)
     code = max((finding.exit_code for finding in findings), default=0)
@@ -98,8 +97,8 @@ def _follow(meeting: Meeting, ranks: Ranks, folder: Path, links: threading.Threa
         if ranks.rank in plan["leaders"]:
             meeting.publish("clock", _clock_offset(meeting))
             _use_folder(meeting, ranks.rank, folder, plan)
-        meeting.hear("links", patience=4)
-        links.start()
+        if meeting.hear("links", patience=4):
+            links.start()
     code = meeting.hear("verdict", patience=4)
     meeting.publish("left", True)
     return code
@@ -186,80 +185,6 @@ def _lead_folder(meeting: Meeting, folder: Path, plan: dict[str, Any], came: dic
             return Finding("run folder", found, cure, PeerError.exit_code)
     hosts = f", seen by all {len(told)} hosts" if len(told) > 1 else ""
     return Finding("run folder", f"{folder}: writable{hosts}")
-
-
-# --- links ---
-
-
-def _time_links(meeting: Meeting, ranks: Ranks) -> None:
-    """Makes the process group and times its links; publishes the timings, or why there are none."""
-    # So that NCCL raises when time is up, instead of ending the process.
-    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    try:
-        device = initialize(ranks, timeout=meeting.limit)
-        timings = [] if ranks.world_size == 1 else measure_links(device)
-        meeting.publish("timings", {"timings": [asdict(timing) for timing in timings]})
-    except (PeerError, ConfigError, RuntimeError) as error:
-        meeting.publish("timings", {"problem": " ".join(str(error).split())[:300]})
-        return
-    shutdown()
-
-
-def _judge_links(meeting: Meeting, came: dict[int, Facts]) -> list[Finding]:
-    told = meeting.collect("timings", patience=1.5, enough=lambda told: bool(_problems(told)))
-    problems = _problems(told) or {rank: "no answer in time" for rank in came if rank not in told}
-    if problems:
-        rank, problem = next(iter(problems.items()))
-        cure = (
-            "let the hosts reach each other on all ports, not only that of rank 0; name the interface they share in "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (launch/env.sh); NCCL_DEBUG=INFO tells more"
-        )
-        return [Finding("links", f"rank {rank} on {came[rank].host}: {problem}", cure, PeerError.exit_code)]
-    if len(came) == 1:
-        return [Finding("links", "one process")]
-    return [_judge_size([told[rank]["timings"][index] for rank in came], came) for index in range(3)]
-
-
-def _problems(told: dict[int, Any]) -> dict[int, str]:
-    return {rank: value["problem"] for rank, value in told.items() if "problem" in value}
-
-
-def _judge_size(timings: list[dict[str, Any]], came: dict[int, Facts]) -> Finding:
-    """One row: the slowest rank's all-gather, and the slowest pair of neighbours."""
-    size = timings[0]["num_bytes"]
-    gather = max(timing["all_gather"] for timing in timings)
-    pairs = {
-        (rank, int(other)): seconds
-        for rank, timing in enumerate(timings)
-        for other, seconds in timing["exchange"].items()
-        if rank < int(other)
-    }
-    worst = max(pairs, key=lambda pair: pairs[pair])
-    hosts = " - ".join(dict.fromkeys(came[rank].host for rank in worst))
-    found = (
-        f"all-gather {_seconds(gather)}, {_rate(size, gather)}; "
-        f"neighbours {_seconds(pairs[worst])}, {_rate(size, pairs[worst])} (ranks {worst[0]} - {worst[1]}, {hosts})"
-    )
-    # Links inside a host and between hosts differ by nature: each is compared with its like.
-    inside = [came[first].host == came[second].host for first, second in pairs]
-    alike = [time for time, same in zip(pairs.values(), inside, strict=True) if same == (len(hosts.split(" - ")) == 1)]
-    slow = len(alike) > 2 and pairs[worst] > STRAGGLER * statistics.median(alike)
-    return Finding(
-        f"links, {_size(size)}", found, "see cables, switch ports and NCCL_IB_HCA of that pair" if slow else ""
-    )
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
-
-
-def _rate(num_bytes: int, seconds: float) -> str:
-    rate = num_bytes / seconds
-    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.0f} MB/s"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes >> 20} MiB" if num_bytes >> 20 else f"{num_bytes >> 10} KiB"
 
 
 # --- the table ---

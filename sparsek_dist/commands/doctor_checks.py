@@ -13,7 +13,7 @@ import socket
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Facts:
     """Digest of the sources: two hosts with one commit may still differ in what was edited since."""
     devices: list[str]
     """Name and memory of each visible GPU."""
+    gpu_id: str | None
+    """Tells this rank's GPU from all others in the world."""
     gpu_free: float
     """Share of the memory of this rank's GPU that is free; 1 without a GPU."""
     driver: str | None
@@ -75,17 +77,16 @@ class Facts:
     threads: int
     cores: float
     """Cores that this process has for itself."""
-    problems: list[str] = field(default_factory=list)
-    """What could not be looked at."""
 
 
 def inspect(ranks: Ranks, folder: Path) -> Facts:
     """Looks at this process and its host; starts nothing."""
     known = environment([])
-    free = 1.0
+    free, gpu_id = 1.0, None
     if torch.cuda.is_available() and ranks.local_rank < torch.cuda.device_count():
         available, total = torch.cuda.mem_get_info(ranks.local_rank)
         free = available / total
+        gpu_id = str(torch.cuda.get_device_properties(ranks.local_rank).uuid)
     return Facts(
         rank=ranks.rank,
         host=socket.gethostname(),
@@ -94,6 +95,7 @@ def inspect(ranks: Ranks, folder: Path) -> Facts:
         versions={"python": known["python"], **known["packages"], "cuda": known["cuda"]},
         code=_digest_of_sources(),
         devices=[_gpu_name(index) for index in range(torch.cuda.device_count())],
+        gpu_id=gpu_id,
         gpu_free=free,
         driver=_gpu_driver(),
         memory_free=psutil.virtual_memory().available,
@@ -170,6 +172,11 @@ def _devices(everyone: list[Facts]) -> Finding:
         facts = crowded[0]
         found = f"{facts.host} runs {facts.local_size} processes and shows {len(facts.devices)} GPUs"
         return Finding("devices", found, "start one process per GPU (slots= in the hostfile)", ConfigError.exit_code)
+    shared = [group for gpu, group in _by(everyone, lambda facts: facts.gpu_id).items() if gpu and len(group) > 1]
+    if shared:
+        found = f"ranks {', '.join(str(facts.rank) for facts in shared[0])} on {_names(shared[0])} share one GPU"
+        cure = "let the launcher set LOCAL_RANK for each process, and show every process all GPUs of its host"
+        return Finding("devices", found, cure, ConfigError.exit_code)
     kinds = _by(everyone, lambda facts: facts.devices[facts.local_rank] if facts.devices else "no GPU")
     if len(kinds) > 1:
         if "no GPU" in kinds:
