@@ -151,7 +151,9 @@ def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def test_alone(tmp_path, capsys):
+    before = dict(os.environ)
     assert main(["doctor", "--folder", str(tmp_path / "runs")]) == 0
+    assert dict(os.environ) == before, "it would pass for a launcher of whatever runs next in this process"
     told = capsys.readouterr().out
     assert "verdict: ready to train, 1 process on 1 host" in told
     assert "writable" in told and "FAIL" not in told

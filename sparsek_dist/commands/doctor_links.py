@@ -19,12 +19,14 @@ STRAGGLER = 4.0
 
 def time_links(meeting: Meeting, ranks: Ranks) -> None:
     """Makes the process group and times its links; publishes the timings, or why there are none."""
+    if ranks.world_size == 1:
+        meeting.publish("timings", {"timings": []})
+        return
     # So that NCCL raises when time is up, instead of ending the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     try:
         device = initialize(ranks, timeout=meeting.limit)
-        timings = [] if ranks.world_size == 1 else measure_links(device)
-        meeting.publish("timings", {"timings": [asdict(timing) for timing in timings]})
+        meeting.publish("timings", {"timings": [asdict(timing) for timing in measure_links(device)]})
     except (PeerError, ConfigError, RuntimeError) as error:
         meeting.publish("timings", {"problem": " ".join(str(error).split())[:300]})
         return
