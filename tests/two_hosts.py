@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ("ip", "unshare", "nsenter", "sshd", "ssh", "ssh-keygen")
+NEEDED = ("ip", "unshare", "nsenter", "ps", "sshd", "ssh", "ssh-keygen")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 FIRST_PROCESS = """
