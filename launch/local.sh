@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Trains on this machine: one process per GPU, or two processes where there is no GPU.
 # Usage: launch/local.sh CONFIG [key=value ...]
+#        launch/local.sh doctor
+# DRY_RUN=1 only prints.
 set -euo pipefail
-config=${1:?usage: launch/local.sh CONFIG [key=value ...]}
-shift
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+usage_unless 1 $# "${1:-}"
+# What follows the script's name may be any command of sparsek that runs on many processes.
+[[ $1 == doctor || $1 == train ]] || set -- train "$@"
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-processes=$((gpus > 0 ? gpus : 2))
-# Without this every process starts a thread per core, and they get in each other's way.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + processes - 1) / processes))}
-# All ranks are here: gloo need not resolve this machine's name, which many containers cannot.
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+count=$(gpus)
+SLOTS=$((count > 0 ? count : 2))
+source "$folder/env.sh"
+port=${MASTER_PORT:-$(free_port)}
 
 defaults=()
-if ((processes == 1)); then defaults+=(parallel.sequence_degree=1); fi
-exec deepspeed --log_level error --num_gpus "$processes" --master_port "$port" --module sparsek_dist train "$config" "${defaults[@]}" "$@"
+if [[ $1 == train ]] && ((SLOTS == 1)); then defaults+=(parallel.sequence_degree=1); fi
+run deepspeed --log_level error --num_gpus "$SLOTS" --master_port "$port" --module sparsek_dist "${@:1:2}" "${defaults[@]}" "${@:3}"

@@ -1,5 +1,6 @@
-"""The command line: `sparsek train | eval | generate | plan`. One line per error, and an exit code that tells its kind.
+"""The command line: `sparsek train | eval | generate | plan | doctor`.
 
+One line per error, and an exit code that tells its kind.
 Sub-commands are imported when they run, so that a mistyped command is told at once.
 """
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # DeepSpeed warns at its import that it runs on the CPU; environment.json says so, too.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     try:
-        options.run(options)
+        code = options.run(options)
     except (SparsekError, RuntimeError) as error:
         known = _known(error)
         if known is None or options.debug:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return known.exit_code
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,7 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     generate.set_defaults(run=_generate)
 
-    for command in (train, plan, evaluate, generate):
+    doctor = commands.add_parser("doctor", help="check hosts, GPUs and links; start it as you would start train")
+    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will go, run.root (runs)")
+    doctor.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for other ranks, per step (20)")
+    doctor.set_defaults(run=_doctor)
+
+    for command in (train, plan, evaluate, generate, doctor):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -133,6 +139,14 @@ def _generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         seed=options.seed,
     )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    if not options.timeout > 0:
+        raise ConfigError(f"--timeout = {options.timeout} must be more than 0 seconds")
+    from sparsek_dist.commands.doctor import doctor
+
+    return doctor(options.folder, timeout=options.timeout)
 
 
 def _known(error: Exception) -> SparsekError | None:

@@ -16,6 +16,7 @@ import deepspeed
 import torch
 
 from sparsek_dist.errors import ConfigError, PeerError
+from sparsek_dist.parallel.network import interface_towards
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What deepspeed and torchrun set for every process."""
@@ -73,6 +74,7 @@ def initialize(ranks: Ranks, *, timeout: timedelta, init_method: str | None = No
         torch.cuda.set_device(device)
     else:
         _skip_shared_memory_extension()
+        _choose_interface(ranks)
     # Its progress messages would drown ours.
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed and torch read these again by themselves, at moments of their own.
@@ -183,6 +185,13 @@ def _check_gpu(ranks: Ranks) -> None:
             f"local rank {ranks.local_rank} needs a GPU of its own, but this host shows {visible}: start at most "
             f"{visible} processes per host"
         )
+
+
+def _choose_interface(ranks: Ranks) -> None:
+    """Spares gloo the look-up of this host's own name; what the user has set stands."""
+    interface = interface_towards(ranks.address, ranks.port)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _skip_shared_memory_extension() -> None:
