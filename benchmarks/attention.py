@@ -155,7 +155,7 @@ class Bench:
             self.rows.append(measure(self, shape, row))
         except Exception as error:  # noqa: BLE001  other cells must still be measured, so the error becomes a note
             traceback.print_exc()
-            self.rows.append(replace(row, note=f"failed: {str(error).splitlines()[0][:80] if str(error) else error!r}"))
+            self.rows.append(replace(row, note=f"failed: {error!r}"[:100]))
         print(f"{shape} {method} k={shape.budget} {scores} {length}: {time.perf_counter() - begin:.1f} s", flush=True)
 
 
@@ -388,7 +388,7 @@ def plot(bench: Bench, shape: Shape) -> None:
     for method, colour in (("sparsek", "C0"), ("cudnn", "C1"), ("flash", "C2")):
         mine = [row for row in bench.rows if (row.shape, row.method, row.scores) == (str(shape), method, "random")]
         mine = sorted((x for x in mine if x.budget == shape.budget and x.step), key=lambda row: row.length)
-        for pass_, style in (("forward", "o--"), ("step", "o-")):
+        for pass_, style in (("forward", "o--"), ("step", "o-")) if mine else ():
             name = {"sparsek": "SPARSEK", "cudnn": "dense, cuDNN", "flash": "dense, flash"}[method]
             label = f"{name}, {'forward' if pass_ == 'forward' else 'forward + backward'}"
             axis.plot([x.length for x in mine], [getattr(x, pass_) for x in mine], style, color=colour, label=label)
