@@ -7,7 +7,7 @@ a network, a process group or a GPU, and none changes a value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,10 @@ class AttentionConfig:
     """Added to the score per token of position: above 0, newer pairs are preferred."""
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Implementation. `auto` takes the fastest that can run here and says which."""
+    full_layers: str = "none"
+    """Layers that stay dense: `none`, `every_other` (1, 3, 5, ...), or their indices, as in `0,5,11`."""
+    sliding_layers: Literal["keep", "replace"] = "keep"
+    """Layers that a pretrained model slides a window over: `keep` them so, or give them SPARSEK attention, too."""
 
     @property
     def support_size(self) -> int:
@@ -234,6 +238,28 @@ def from_yaml(text: str) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
     assert isinstance(config, Config)
     return config
+
+
+def attention_from(settings: Mapping[str, Any], *, source: str) -> AttentionConfig:
+    """Settings of `attention` alone, as sparsify() and the config.json of a model give them.
+
+    Args:
+        settings: field -> value; the others keep their defaults.
+        source: begins the message of an error in types or names.
+
+    Raises:
+        ConfigError: like `load`.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), {"attention": dict(settings)})
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+    assert isinstance(config, Config)
+    problems = relations.problems(config, flatten(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config.attention
 
 
 def to_yaml(config: Config) -> str:

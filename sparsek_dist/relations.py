@@ -132,6 +132,16 @@ def _attention(config: Config) -> Iterator[str]:
             f"attention.num_selected + attention.window = {attention.num_selected + attention.window} leaves no window "
             "beside the first tokens that sink_window keeps: raise either"
         )
+    if not re.fullmatch(r"none|every_other|\d+(,\d+)*", attention.full_layers):
+        yield (
+            f"attention.full_layers = {attention.full_layers!r} is not a choice of layers: use none, every_other, or "
+            "indices such as 0,5,11"
+        )
+    elif attention.full_layers != "none" and config.parallel.sequence_degree > 1:
+        yield (
+            f"attention.full_layers = {attention.full_layers} cannot share a sequence over parallel.sequence_degree = "
+            f"{config.parallel.sequence_degree} ranks: set it to none, or the degree to 1"
+        )
     if attention.backend == "triton":
         yield "attention.backend = triton is not part of this version: use auto or torch"
     if attention.backend == "reference":
