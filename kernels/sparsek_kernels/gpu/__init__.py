@@ -1,0 +1,1 @@
+"""Triton kernels: the same functions as the PyTorch path, for CUDA devices."""
