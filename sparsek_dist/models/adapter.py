@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparsek_dist.attention.parallel import Budget, ParallelAttention, build_scorer
 from sparsek_dist.config import AttentionConfig
 from sparsek_dist.errors import ConfigError, NumericsError
+from sparsek_dist.models.cache import KeptLayer, kept_layer
 from sparsek_dist.models.families import attention_modules, family_of, num_kv_heads, plan_layers, sliding_window
 from sparsek_dist.parallel.mesh import RankGroup
 
@@ -80,7 +81,7 @@ def _without_backend(entries: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _prepare(module: Any, args: tuple, kwargs: dict[str, Any], *, cache_name: str) -> tuple[tuple, dict[str, Any]]:
-    """What the attention function needs beyond queries, keys and values: document positions and scores."""
+    """What the attention function needs beyond queries, keys and values: positions, scores, this layer's cache."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     positions = document_positions(kwargs["position_ids"].expand(len(hidden), -1), kwargs.get("attention_mask"))
     added: dict[str, Any] = {"position_ids": positions}
@@ -91,6 +92,9 @@ def _prepare(module: Any, args: tuple, kwargs: dict[str, Any], *, cache_name: st
             raise NumericsError(
                 f"layer {module.layer_idx}: attention scores hold NaN or infinity; the run has diverged"
             )
+        cache = kwargs.get(cache_name)
+        if cache is not None:
+            added["kept"] = kept_layer(cache, module.layer_idx, module.parallel_attention)
     return args, kwargs | added
 
 
@@ -106,7 +110,9 @@ def document_positions(position_ids: Tensor, padding: Tensor | None) -> Tensor:
     if padding.ndim != 2:
         raise ConfigError("SPARSEK attention takes no attention_mask of its own shape: give [b, s], or pack documents")
     index = torch.arange(padding.shape[1] - position_ids.shape[1], padding.shape[1], device=padding.device)
-    since_padding = index - padding.int().argmax(dim=1, keepdim=True)
+    # Of rows that are padding alone, all is padding.
+    first = torch.where(padding.any(dim=1), padding.int().argmax(dim=1), padding.shape[1])
+    since_padding = index - first.unsqueeze(1)
     return torch.minimum(position_ids, since_padding).clamp_min(0)
 
 
@@ -120,6 +126,7 @@ def _attend(
     scaling: float,
     position_ids: Tensor,
     scores: Tensor | None = None,
+    kept: KeptLayer | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -129,10 +136,9 @@ def _attend(
         raise ConfigError(f"SPARSEK attention cannot honour {', '.join(unknown) or 'attention dropout'} of this model")
     if scores is None:
         return _dense(module, query, key, value, position_ids, scaling), None
-    if key.shape[2] != query.shape[2]:
-        raise ConfigError("SPARSEK attention keeps no growing cache: call the model with use_cache=False")
+    attend = module.parallel_attention if kept is None else kept.attend
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return module.parallel_attention(query, key, value, scores, position_ids, scale=scaling), None
+    return attend(query, key, value, scores, position_ids, scale=scaling), None
 
 
 def _dense(module: Any, query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor, scaling: float) -> Tensor:

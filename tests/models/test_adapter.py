@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsek_dist.config import AttentionConfig, Config, DataConfig, ModelConfig
-from sparsek_dist.errors import ConfigError, NumericsError
+from sparsek_dist.errors import NumericsError
 from sparsek_dist.models import build_model, count_parameters
 from sparsek_dist.models.families import attention_modules
 from sparsek_dist.parallel.mesh import Mesh
@@ -102,10 +102,3 @@ def test_nan_scores_end_with_the_layer_named():
         attention_modules(model)[1].scorer.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="layer 1: attention scores hold NaN"):
         _logits(model, _tokens(20))
-
-
-def test_a_growing_cache_is_refused():
-    model = _model()
-    cache = model(input_ids=_tokens(20), use_cache=True).past_key_values
-    with pytest.raises(ConfigError, match="use_cache=False"):
-        model(input_ids=_tokens(1), past_key_values=cache, use_cache=True)
