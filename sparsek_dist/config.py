@@ -7,7 +7,8 @@ a network, a process group or a GPU, and none changes a value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -207,30 +208,23 @@ class Config:
             )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `key=value` in dotted form; all relations checked.
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file if any, then `key=value` in dotted form; all relations checked.
 
     Raises:
         ConfigError: naming the field, its value and the cure; several mistakes are listed one a line.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such configuration file (configs/ holds the ones that come with sparsek-dist)")
-    source = str(path)
-    try:
-        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        source = "command line"
-        _check_dotlist(overrides)
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(tree)
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{source}: {_explain(error)}") from error
-    assert isinstance(config, Config)
-    problems = relations.problems(config, flatten(config))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
+    tree = OmegaConf.structured(Config)
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(
+                f"{path}: no such configuration file (configs/ holds the ones that come with sparsek-dist)"
+            )
+        with _explained(str(path)):
+            tree = OmegaConf.merge(tree, OmegaConf.load(path))
+    _check_dotlist(overrides)
+    with _explained("command line"):
+        return _checked(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))))
 
 
 def from_yaml(text: str) -> Config:
@@ -241,25 +235,13 @@ def from_yaml(text: str) -> Config:
 
 
 def attention_from(settings: Mapping[str, Any], *, source: str) -> AttentionConfig:
-    """Settings of `attention` alone, as sparsify() and the config.json of a model give them.
-
-    Args:
-        settings: field -> value; the others keep their defaults.
-        source: begins the message of an error in types or names.
+    """Settings of the attention alone, as sparsify() and the config.json of a model give them; others have defaults.
 
     Raises:
-        ConfigError: like `load`.
+        ConfigError: like `load`; one in types or names begins with `source`.
     """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), {"attention": dict(settings)})
-        config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from error
-    assert isinstance(config, Config)
-    problems = relations.problems(config, flatten(config))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config.attention
+    with _explained(source):
+        return _checked(OmegaConf.merge(OmegaConf.structured(Config), {"attention": dict(settings)})).attention
 
 
 def to_yaml(config: Config) -> str:
@@ -274,6 +256,25 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, entry.name)
         flat |= flatten(value, f"{prefix}{entry.name}.") if is_dataclass(value) else {prefix + entry.name: value}
     return flat
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+
+
+def _checked(tree: Any) -> Config:
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    problems = relations.problems(config, flatten(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def _check_dotlist(overrides: Sequence[str]) -> None:

@@ -1,8 +1,7 @@
-"""`sparsek eval` and `sparsek generate`: a trained run, in one process, without DeepSpeed and without pickle."""
+"""`sparsek eval`, and how a trained run is opened: in one process, without DeepSpeed and without pickle."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from sparsek_dist.data.packing import Contexts
 from sparsek_dist.errors import CheckpointError
 from sparsek_dist.evaluation.perplexity import byte_counter, evaluate
 from sparsek_dist.evaluation.trigram import trigram_bits_per_byte
-from sparsek_dist.generation.generate import generate
 from sparsek_dist.models import build_model
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.parallel.mesh import Mesh, RankGroup
@@ -49,19 +47,6 @@ def evaluate_run(folder: Path, *, max_sequences: int) -> None:
     console.print(f"bits per byte  {result.bits_per_byte:.4f}")
     if trigram is not None:
         console.print(f"trigram model  {trigram:.4f} bits per byte, on the same text")
-
-
-def generate_from_run(folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Prints the prompt and its continuation by the newest checkpoint, as it is written."""
-    _, model, tokenizer = load_run(folder)
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    write(prompt)
-    generate(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, write=write)
-    write("\n")
 
 
 def load_run(folder: Path) -> tuple[Config, Any, Any]:
