@@ -1,6 +1,7 @@
 """The command line: `sparsek train | eval | generate | sparsify | export | plan`.
 
-One line per error, and an exit code that tells its kind. Sub-commands are imported when they run, so that a mistyped command is told at once.
+One line per error, and an exit code that tells its kind. Sub-commands are imported when they run,
+so that a mistyped command is told at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Continues a prompt, token by token, and hands each piece of text on as soon as it is known.
 
-transformers' generate() does the work. Its cache is of constant size for a model with SPARSEK attention, so a token costs
-the same after a thousand tokens as after a million; see models/cache.py.
+transformers' generate() does the work. Its cache is of constant size for a model with SPARSEK attention, so a token
+costs the same however long the text is; see models/cache.py.
 """
 
 from __future__ import annotations

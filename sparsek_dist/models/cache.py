@@ -60,8 +60,15 @@ class KeptLayer(CacheLayerMixin):
         self.seen += query.shape[1]
         if self.state is None:
             output = attention(query, key, value, scores, position_ids, scale=scale)
-            sizes = {"num_selected": budget.num_selected, "window": budget.window, "support": budget.support}
-            self.state = prefill(key.detach(), value.detach(), scores.detach(), **sizes, document_start=start)
+            self.state = prefill(
+                key.detach(),
+                value.detach(),
+                scores.detach(),
+                num_selected=budget.num_selected,
+                window=budget.window,
+                support=budget.support,
+                document_start=start,
+            )
             return output
         if torch.is_grad_enabled() and query.requires_grad:
             raise ConfigError("a continued cache gives no gradients: use torch.no_grad(), or train without a cache")
@@ -115,7 +122,8 @@ class KeptLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
-            self.state = replace(self.state, **{name: x[indices] for name, x in self.state.tensors().items()})
+            rows: dict[str, Any] = {name: x[indices] for name, x in self.state.tensors().items()}
+            self.state = replace(self.state, **rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:

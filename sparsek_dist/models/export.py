@@ -21,8 +21,9 @@ CARD = """# A model with {kind} attention
     from sparsek_dist import load_pretrained
     model = load_pretrained("{name}")
 
-loads it as it is; `model.generate` then keeps a cache of constant size. transformers' own `from_pretrained` loads the same
-weights with dense attention, and reports the scorers as unexpected. The settings are the `sparsek` entry of config.json.
+loads it as it is; `model.generate` then keeps a cache of constant size. transformers' own `from_pretrained` loads the
+same weights with dense attention, and reports the scorers as unexpected. The settings are the `sparsek` entry of
+config.json.
 """
 
 

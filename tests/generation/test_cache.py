@@ -1,4 +1,4 @@
-"""The constant-size cache under transformers' own generate(): the same words as without it, in the same memory always."""
+"""The constant-size cache under transformers' generate(): the same words as without it, in the same memory."""
 
 from __future__ import annotations
 
