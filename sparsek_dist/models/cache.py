@@ -131,11 +131,10 @@ class KeptLayer(CacheLayerMixin):
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuses: pairs that were dropped cannot come back. Assisted and speculative decoding need it."""
-        if tokens_to_remove:
-            raise ConfigError(
-                "a SPARSEK cache cannot take tokens back, which assisted generation wants: generate without it"
-            )
+        """Refuses, even for 0: pairs that were dropped cannot come back, and who calls this will want them to."""
+        raise ConfigError(
+            "a SPARSEK cache cannot take tokens back, which assisted generation wants: generate without it"
+        )
 
 
 class SparsekCache(Cache):
