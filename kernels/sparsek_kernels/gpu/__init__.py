@@ -1,1 +1,1 @@
-"""Triton kernels: the same functions as the PyTorch path, for CUDA devices."""
+"""The same definition as Triton kernels: selection, forward, backward, decoding, and the operator alone."""

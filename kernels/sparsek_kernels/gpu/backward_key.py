@@ -1,0 +1,234 @@
+"""Backward, key-major and without atomics: gradients of keys, values and, directly through the gates, scores.
+
+A selected pair collects its gradient from queries far apart. So queries are cut into spans; for each span one program
+per block of selected pairs loads them once, loops over the span's queries, and writes ONE row per pair and span. The
+rows of a pair stand together, in the order of the spans, at a place known beforehand from its interval of queries alone
+(`layout.py`). A second kernel sums them up, and the window's kernel, which is a plain sliding window, adds the sum to its own
+result. Every sum has a fixed order: the same input gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from sparsek_kernels.gpu.backward_query import LOG2E
+from sparsek_kernels.gpu.columns import load_pairs, load_rows, pairs_of, program_of, tile_rows
+
+
+@triton.jit
+def _accumulate(
+    keys, values, rows, scale, gate, visible, state,
+    GATE: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile of queries to (dk / scale, dv, du) of a block of keys; gate and visible are [BN, rows]."""
+    grad_k, grad_v, grad_u = state
+    q_tile, do_tile, lse_row, delta_row = rows
+    logits = tl.dot(keys, tl.trans(q_tile), out_dtype=ACC, input_precision=PRECISION) * scale
+    if GATE == "key_value":
+        weights = tl.exp2(logits * gate - lse_row[None, :])
+    else:
+        weights = tl.exp2(logits - lse_row[None, :])
+    if MASK:
+        weights = tl.where(visible, weights, 0.0)
+    gain = tl.dot(values, tl.trans(do_tile), out_dtype=ACC, input_precision=PRECISION)
+    if GATE != "none":
+        gated = weights * gate
+        grad_logits = weights * (gain * gate - delta_row[None, :])
+        grad_gate = weights * gain
+        if GATE == "key_value":
+            grad_gate += grad_logits * (logits / LOG2E)
+            grad_logits *= gate
+        grad_u += tl.sum(tl.where((gate > 0.0) & (gate < 1.0), grad_gate, 0.0), 1)
+    else:
+        gated = weights
+        grad_logits = weights * (gain - delta_row[None, :])
+    grad_v = tl.dot(gated.to(do_tile.dtype), do_tile, grad_v, out_dtype=ACC, input_precision=PRECISION)
+    grad_k = tl.dot(grad_logits.to(q_tile.dtype), q_tile, grad_k, out_dtype=ACC, input_precision=PRECISION)
+    return grad_k, grad_v, grad_u
+
+
+@triton.jit
+def _query_rows(
+    tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
+    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Rows that do not exist weigh nothing."""
+    queries, member, exists = tile_rows(tile, s, G, GP, BQ)
+    q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
+    place = (batch * s + queries) * heads + head * G + member
+    do_tile = load_rows(grad_out + place * D, exists, D, BD, True)
+    row = (batch * heads + head * G + member) * s + queries
+    lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
+    return (q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)), queries
+
+
+@triton.jit
+def _entries_of_block(
+    block, span, bg, alive, chosen, span_start, num_chunks, num_spans, num_blocks, s, t, S, window,
+    K: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Entries [BN] of one block of a span's pairs, which of them are real, and the query at which each joins."""
+    low, offsets = span * SPAN, tl.arange(0, BN)
+    if block < num_blocks:
+        index = block * BN + offsets
+        entry = tl.load(alive + (bg * num_chunks + low // CHUNK) * K + index, mask=index < K, other=-1)
+        real = entry >= 0
+        joined = tl.full([BN], low, tl.int32)
+    else:
+        begin = tl.load(span_start + bg * (num_spans + 1) + span)
+        end = tl.load(span_start + bg * (num_spans + 1) + span + 1)
+        index = begin + (block - num_blocks) * BN + offsets
+        entry = tl.load(chosen + bg * (t + 1) + index, mask=index < end, other=-1)
+        # Who joins with the span's first query stands in the list of those selected when it begins.
+        joined = tl.where(index < end, entry - S - (t - s) + window, s)
+        real = (joined > low) & (index < end)
+    return tl.where(real, entry, S), real, joined
+
+
+@triton.jit
+def grad_selected_kernel(
+    q, k, v, carry_k, carry_v, scores, tau, visible_until, plain_until, alive, chosen, span_start, first_row, grad_out,
+    lse, delta, rows_k, rows_v, rows_u, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale,
+    num_chunks, num_spans, num_rows, g, first_bg, num_blocks, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    GATE: tl.constexpr, HAS_CARRY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of the pairs that a span's queries select: those selected when it begins, then those that join later."""
+    block, span = tl.program_id(0), tl.program_id(1)
+    bg, batch, head = program_of(tl.program_id(2) + first_bg, g)
+    entry, real, joined = _entries_of_block(
+        block, span, bg, alive, chosen, span_start, num_chunks, num_spans, num_blocks, s, t, S, window, K, CHUNK, SPAN, BN
+    )
+    high = tl.minimum(span * SPAN + SPAN, s)
+    until = tl.minimum(tl.load(visible_until + bg * (S + t) + entry, mask=real, other=0), high)
+    score = tl.load(scores + bg * (S + t) + entry, mask=real, other=0.0)
+    pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
+    keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
+    state = (tl.zeros([BN, BD], ACC), tl.zeros([BN, BD], ACC), tl.zeros([BN], ACC))
+
+    # Tiles before `gated` see all pairs of the block with gate 1, those before `general` see all.
+    first = tl.min(joined, 0) // BQ
+    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), first)
+    plain = tl.min(tl.load(plain_until + bg * (S + t) + entry, mask=real, other=high), 0)
+    seen = tl.min(tl.where(real, until, high), 0)
+    general = tl.where(block < num_blocks, tl.maximum(tl.minimum(seen // BQ, last), first), first)
+    gated = tl.maximum(tl.minimum(plain // BQ, general), first)
+    # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads.
+    for step in tl.range(0, gated - first):
+        rows, queries = _query_rows(
+            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+        )
+        state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
+    if GATE != "none":
+        for step in tl.range(0, general - gated):
+            rows, queries = _query_rows(
+                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+            )
+            tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
+            gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
+            state = _accumulate(keys, values, rows, scale, gate, 1, state, GATE, False, ACC, PRECISION)
+    for step in tl.range(0, last - general):
+        rows, queries = _query_rows(
+            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+        )
+        visible = (joined[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
+        tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
+        gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
+        state = _accumulate(keys, values, rows, scale, gate, visible, state, GATE, True, ACC, PRECISION)
+
+    grad_k, grad_v, grad_u = state
+    # A pair's rows begin with the span in which it became a candidate (carried pairs: with the first span).
+    became = tl.where(entry < S, 0, tl.maximum(entry - S - (t - s) + window, 0)) // SPAN
+    row = tl.load(first_row + bg * (S + t + 1) + entry, mask=real, other=0) + span - became
+    row = tl.program_id(2).to(tl.int64) * num_rows + row
+    width = tl.arange(0, BD)
+    store = real[:, None] & (width < D)[None, :]
+    tl.store(rows_k + row[:, None] * D + width[None, :], grad_k * (scale / LOG2E), mask=store)
+    tl.store(rows_v + row[:, None] * D + width[None, :], grad_v, mask=store)
+    if GATE != "none":
+        tl.store(rows_u + row, grad_u, mask=real)
+
+
+@triton.jit
+def sum_rows_kernel(
+    rows_k, rows_v, rows_u, first_row, chosen, span_start, grad_u, num_carried, S, t, num_spans, num_rows, first_bg,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, HAS_GATE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums the rows of one pair, in order, into its first row: carried pairs first, then all that were ever selected."""
+    bg = (tl.program_id(1) + first_bg).to(tl.int64)
+    index = tl.program_id(0)
+    entry = index
+    if index >= num_carried:
+        if index - num_carried >= tl.load(span_start + bg * (num_spans + 1) + num_spans):
+            return
+        entry = tl.load(chosen + bg * (t + 1) + index - num_carried)
+    begin = tl.load(first_row + bg * (S + t + 1) + entry)
+    end = tl.load(first_row + bg * (S + t + 1) + entry + 1)
+    base = tl.program_id(1).to(tl.int64) * num_rows
+    width = tl.arange(0, BD)
+    sum_k, sum_v = tl.zeros([BD], ACC), tl.zeros([BD], ACC)
+    if HAS_GATE:
+        sum_u = tl.zeros([ROWS], ACC)
+    for low in tl.range(begin, end, ROWS):
+        row = low + tl.arange(0, ROWS)
+        place = (base + row)[:, None] * D + width[None, :]
+        load = (row < end)[:, None] & (width < D)[None, :]
+        sum_k += tl.sum(tl.load(rows_k + place, mask=load, other=0.0), 0)
+        sum_v += tl.sum(tl.load(rows_v + place, mask=load, other=0.0), 0)
+        if HAS_GATE:
+            sum_u += tl.load(rows_u + base + row, mask=row < end, other=0.0)
+    if end > begin + 1:
+        tl.store(rows_k + (base + begin) * D + width, sum_k, mask=width < D)
+        tl.store(rows_v + (base + begin) * D + width, sum_v, mask=width < D)
+    if HAS_GATE:
+        tl.store(grad_u + bg * (S + t) + entry, tl.sum(sum_u, 0))
+
+
+@triton.jit
+def grad_window_kernel(
+    q, k, v, visible_until, first_row, grad_out, lse, delta, rows_k, rows_v, grad_k, grad_v,
+    qb, qs, qh, kb, ks, kg, vb, vs, vg, s, t, S, window, scale, num_rows, g, first_bg, G: tl.constexpr,
+    GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of neighbouring keys and the queries in whose window they are; then the sums of the selected part."""
+    block = tl.program_id(0)
+    bg, batch, head = program_of(tl.program_id(1) + first_bg, g)
+    halo = t - s
+    row = block * BN + tl.arange(0, BN)
+    real = row < t
+    position = row - halo
+    until = tl.load(visible_until + bg * (S + t) + S + row, mask=real, other=0)
+    until = tl.minimum(until, position + window)
+    keys = load_rows(k + batch * kb + head * kg + row.to(tl.int64) * ks, real, D, BD, True)
+    values = load_rows(v + batch * vb + head * vg + row.to(tl.int64) * vs, real, D, BD, True)
+    state = (tl.zeros([BN, BD], ACC), tl.zeros([BN, BD], ACC), tl.zeros([BN], ACC))
+
+    first = tl.maximum(block * BN - halo, 0) // BQ
+    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), first)
+    newest = tl.maximum(tl.minimum(block * BN + BN, t) - 1 - halo, 0)
+    # Tiles [begin, end): every query sees every key of the block.
+    begin = tl.minimum(tl.maximum(tl.cdiv(newest, BQ), first), last)
+    end = tl.minimum(tl.maximum(tl.min(tl.where(real, until, s), 0) // BQ, begin), last)
+    for step in tl.range(0, end - begin):
+        rows, queries = _query_rows(
+            begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+        )
+        state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
+    for step in tl.range(0, last - first - (end - begin)):
+        tile = first + step + tl.where(first + step < begin, 0, end - begin)
+        rows, queries = _query_rows(tile, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD)
+        visible = (position[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
+        state = _accumulate(keys, values, rows, scale, 1.0, visible, state, "none", True, ACC, PRECISION)
+
+    sum_k, sum_v, unused = state
+    width = tl.arange(0, BD)
+    begin = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
+    was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > begin)
+    place = (tl.program_id(1).to(tl.int64) * num_rows + begin)[:, None] * D + width[None, :]
+    load = was_selected[:, None] & (width < D)[None, :]
+    sum_k = sum_k * (scale / LOG2E) + tl.load(rows_k + place, mask=load, other=0.0)
+    sum_v += tl.load(rows_v + place, mask=load, other=0.0)
+    store = real[:, None] & (width < D)[None, :]
+    place = ((batch * t + row) * g + head)[:, None] * D + width[None, :]
+    tl.store(grad_k + place, sum_k.to(grad_k.dtype.element_ty), mask=store)
+    tl.store(grad_v + place, sum_v.to(grad_v.dtype.element_ty), mask=store)

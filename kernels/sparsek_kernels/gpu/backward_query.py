@@ -1,0 +1,134 @@
+"""Backward, query-major: the gradient of the queries, and what the key-major backward needs of each query's whole row.
+
+With P the softmax, m the gates and gain_ij = P_ij (do_i . v_j), the gradient of a logit is m_ij gain_ij - P_ij delta_i,
+where delta_i = sum_j m_ij gain_ij. That is o_i . do_i where o was computed with the gates. `straight_through` computes o
+without them: its delta is o_i . do_i - sum_j (1 - m_ij) gain_ij, known only after all columns whose gate is below 1. So
+these come first, with two accumulators, sum m gain k and sum P k; the plain columns, nearly all, follow as ever.
+"""
+
+import triton
+import triton.language as tl
+
+from sparsek_kernels.gpu.columns import (
+    column_entries,
+    load_pairs,
+    load_rows,
+    pairs_of,
+    program_of,
+    tile_columns,
+    tile_rows,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _accumulate(
+    q_tile, do_tile, keys, values, lse_row, delta_row, gate, visible, scale, state,
+    GATE: tl.constexpr, STRAIGHT: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds columns to (dq, sum of P k, missing delta, sum of the fractional gates' gradients); gate, visible [rows, BN]."""
+    grad_q, mean_k, missing, sums = state
+    logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
+    gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
+    if GATE == "key_value":
+        weights = tl.exp2(logits * gate - lse_row[:, None])
+    else:
+        weights = tl.exp2(logits - lse_row[:, None])
+    if MASK:
+        weights = tl.where(visible, weights, 0.0)
+    gain *= weights
+    if GATE == "none":
+        grad_logits = gain - weights * delta_row[:, None]
+    elif STRAIGHT:
+        grad_logits = gain * gate
+        missing += tl.sum(gain - grad_logits, 1)
+        mean_k = tl.dot(weights.to(keys.dtype), keys, mean_k, out_dtype=ACC, input_precision=PRECISION)
+    else:
+        grad_logits = gain * gate - weights * delta_row[:, None]
+    if GATE != "none":
+        grad_gate = gain
+        if GATE == "key_value":
+            grad_gate += grad_logits * (logits / LOG2E)
+            grad_logits *= gate
+        sums += tl.sum(tl.where((gate > 0.0) & (gate < 1.0), grad_gate, 0.0), 1)
+    grad_q = tl.dot(grad_logits.to(keys.dtype), keys, grad_q, out_dtype=ACC, input_precision=PRECISION)
+    return grad_q, mean_k, missing, sums
+
+
+@triton.jit
+def grad_query_kernel(
+    q, k, v, carry_k, carry_v, scores, tau, visible_until, plain_until, alive, num_alive, document_start, out, grad_out,
+    lse, delta, grad_sums, grad_q, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks, g,
+    K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, GATE: tl.constexpr,
+    STRAIGHT: tl.constexpr, HAS_CARRY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, delta [b, h, s], and the sum of each query's gradients of fractional gates [b, g, s].
+
+    BG: columns at a time where two accumulators are needed, a divisor of BN.
+    """
+    tile = tl.program_id(0)
+    bg, batch, head = program_of(tl.program_id(1), g)
+    queries, member, exists = tile_rows(tile, s, G, GP, BQ)
+    q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
+    place = ((batch * s + queries) * g * G + head * G + member) * D
+    do_tile = load_rows(grad_out + place, exists, D, BD, True)
+    row = (batch * g * G + head * G + member) * s + queries
+    lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
+    delta_row = tl.sum(load_rows(out + place, exists, D, BD, True).to(ACC) * do_tile.to(ACC), 1)
+    tau_row = tl.load(tau + bg * s + queries, mask=exists, other=0.0)
+    pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
+    visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
+    columns, plain, gated, end = tile_columns(
+        tile, alive + bg * num_chunks * K, num_alive + bg * num_chunks, plain_until + bg * (S + t), visible_until,
+        document_start + batch * s, s, t - s, window, S + t - s, K, KP, CHUNK, BQ,
+    )  # fmt: skip
+    plain = plain // BN * BN
+    gated = tl.maximum(gated // BG * BG, plain)
+    zero = tl.zeros([BQ * GP], ACC)
+    state = (tl.zeros([BQ * GP, BD], ACC), tl.zeros([BQ * GP, BD], ACC), zero, zero)
+    if GATE != "none":
+        for low in tl.range(plain, gated, BG):
+            entry, position = column_entries(low + tl.arange(0, BG), columns)
+            score = tl.where(position < -window, tl.load(scores + entry), float("inf"))
+            keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
+            gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
+            state = _accumulate(
+                q_tile, do_tile, keys, values, lse_row, delta_row, gate, 1, scale, state, GATE, STRAIGHT, False, ACC,
+                PRECISION,
+            )  # fmt: skip
+    for low in tl.range(gated, end, BG):
+        column = low + tl.arange(0, BG)
+        entry, position = column_entries(column, columns)
+        entry = tl.where(column < end, entry, S)
+        until = tl.load(visible_until + entry, mask=column < end, other=0)
+        score = tl.load(scores + entry, mask=column < end, other=0.0)
+        keys, values = load_pairs(entry, column < end, pairs, D, BD, HAS_CARRY, True)
+        gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
+        gate = tl.where(queries[:, None] - position[None, :] < window, 1.0, gate)
+        visible = (position[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
+        state = _accumulate(
+            q_tile, do_tile, keys, values, lse_row, delta_row, gate, visible, scale, state, GATE, STRAIGHT, True, ACC,
+            PRECISION,
+        )  # fmt: skip
+    grad, mean_k, missing, sums = state
+    if STRAIGHT:
+        delta_row -= missing
+        grad -= delta_row[:, None] * mean_k
+    for low in tl.range(0, plain, BN):
+        entry = column_entries(low + tl.arange(0, BN), columns)[0]
+        keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
+        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
+        gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
+        weights = tl.exp2(logits - lse_row[:, None]) * (gain - delta_row[:, None])
+        grad = tl.dot(weights.to(keys.dtype), keys, grad, out_dtype=ACC, input_precision=PRECISION)
+
+    width = tl.arange(0, BD)
+    grad *= scale / LOG2E
+    store = exists[:, None] & (width < D)[None, :]
+    tl.store(grad_q + place[:, None] + width[None, :], grad.to(grad_q.dtype.element_ty), mask=store)
+    tl.store(delta + row, delta_row, mask=exists)
+    first = tile * BQ + tl.arange(0, BQ)
+    per_query = tl.sum(tl.reshape(tl.where(exists, sums, 0.0), (BQ, GP)), 1)
+    tl.store(grad_sums + bg * s + first, per_query, mask=first < s)

@@ -1,0 +1,128 @@
+"""What all kernels of one attention call share: sizes, strides and constants, read from the tensors once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsek_kernels.gpu.tiles import ANYWHERE, Tile, Tiles, tiles_for
+
+_ACCUMULATE = {torch.float64: tl.float64}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors of one call, as the kernels take them. Legend in kernels/README.md; entries: carried scores, stream."""
+
+    query: Tensor
+    """[b, s, h, d]; d contiguous, as in key and value [b, t, g, d]."""
+    key: Tensor
+    value: Tensor
+    carry_key: Tensor
+    """[b, g, k, d], contiguous; k = 0 where nothing comes before."""
+    carry_value: Tensor
+    scores: Tensor
+    """[b, g, S + t]."""
+    tau: Tensor
+    visible_until: Tensor
+    fractional_from: Tensor
+    alive: Tensor
+    document_start: Tensor
+    """[b, s] int32."""
+    window: int
+    gate: str
+    scale: float
+    tiles: Tiles
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int, int]:
+        """b, s, h, d, t, g, S."""
+        b, s, h, d = self.query.shape
+        t, g = self.key.shape[1:3]
+        return b, s, h, d, t, g, self.scores.shape[-1] - t
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """Of running sums and of the saved log-sum-exp."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    def plain_until(self, gate: str) -> Tensor:
+        """[b, g, S + t]: before this query an entry needs neither mask nor gate."""
+        if gate == "none":
+            return self.visible_until
+        return torch.minimum(self.visible_until, self.fractional_from)
+
+    def strides(self) -> tuple[int, ...]:
+        """Those of query (b, s, h), key (b, t, g), value (b, t, g), carried pairs (b, g, k)."""
+        key, value, carried = self.key.stride(), self.value.stride(), self.carry_key.stride()
+        return (*self.query.stride()[:3], *key[:3], *value[:3], *carried[:3])
+
+    @property
+    def scale2(self) -> float:
+        """Scale of the logits for softmax in base 2."""
+        return self.scale * math.log2(math.e)
+
+    def constants(self, tile: Tile, *, key_major: bool = False) -> dict[str, Any]:
+        """The constexpr arguments and launch options of one kernel."""
+        _, _, h, d, _, g, _ = self.sizes
+        group = triton.next_power_of_2(h // g)
+        queries = max(1, tile.rows // group)
+        return {
+            "G": h // g,
+            "GP": group,
+            "D": d,
+            "BD": max(16, triton.next_power_of_2(d)),
+            "BQ": min(queries, self.tiles.span if key_major else self.tiles.chunk),
+            "BN": tile.columns,
+            "ACC": _ACCUMULATE.get(self.query.dtype, tl.float32),
+            "PRECISION": "ieee",
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+    @property
+    def has_carry(self) -> bool:
+        return self.carry_key.shape[2] > 0
+
+
+def new_call(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, carry: tuple[Tensor, Tensor, Tensor],
+    selection: tuple[Tensor, Tensor, Tensor, Tensor], document_start: Tensor, window: int, gate: str, scale: float,
+) -> Call:  # fmt: skip
+    """A call whose tensors the kernels can read.
+
+    Args:
+        scores: [b, t, g].
+        carry: key and value [b, g, k, d], scores [b, g, S].
+        selection: tau, visible_until, fractional_from, alive.
+    """
+    h, d, g = query.shape[2], query.shape[3], key.shape[2]
+    tau, visible_until, fractional_from, alive = selection
+    return Call(
+        query=_rows(query),
+        key=_rows(key),
+        value=_rows(value),
+        carry_key=carry[0].contiguous(),
+        carry_value=carry[1].contiguous(),
+        scores=torch.cat([carry[2], scores.transpose(1, 2)], dim=-1),
+        tau=tau.contiguous(),
+        visible_until=visible_until.to(torch.int32),
+        fractional_from=fractional_from.to(torch.int32),
+        alive=alive.to(torch.int32).contiguous(),
+        document_start=document_start.clamp_min(ANYWHERE).to(torch.int32),
+        window=window,
+        gate=gate,
+        scale=scale,
+        tiles=tiles_for(d, h // g, query.element_size()),
+    )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As it is, if neighbouring numbers of a head are neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,49 @@
+"""Sizes of the kernels' tiles: a short static table, so that nothing is tuned behind the user's back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ANYWHERE = -(1 << 30)
+"""Position that lies before every key and every document."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's program: rows (queries x query heads) by columns (keys), warps, and depth of the load pipeline."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """All sizes of one call."""
+
+    chunk: int
+    """B: queries that share one list of selected pairs."""
+    span: int
+    """Queries over which the key-major backward sums a selected pair's gradient before it is written; a multiple of B."""
+    forward: Tile
+    grad_query: Tile
+    gated_columns: int
+    """Columns at a time of `grad_query` where their gate is below 1: two accumulators need room."""
+    grad_selected: Tile
+    grad_window: Tile
+
+
+def tiles_for(head_dim: int, group_size: int, element_size: int) -> Tiles:
+    """Chosen by head width and bytes per element; measured on one H200 (benchmarks/results)."""
+    if element_size > 2:
+        narrow = Tile(32 if head_dim <= 128 else 16, 32, 4, 1)
+        rows = Tile(max(narrow.rows, group_size), narrow.columns, 4, 1)
+        return Tiles(128, 512, rows, rows, 32, rows, rows)
+    if head_dim <= 64:
+        wide = Tile(128, 64, 4, 3)
+        return Tiles(128, 512, wide, wide, 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
+    if head_dim <= 128:
+        wide = Tile(128, 64, 8, 3)
+        return Tiles(128, 512, wide, Tile(128, 64, 8, 2), 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
+    return Tiles(128, 512, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
