@@ -1,0 +1,119 @@
+"""What a decoding step does to the state of one KV head: who is replaced, the new threshold, and the writing of it.
+
+Deciding reads a few kilobytes of scores and writes nothing, so every program of a head can do it for itself.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _worst(scores, positions, index):
+    """The lowest score and the slot of its earliest position; index: [m] slots, scores +inf beyond the last."""
+    lowest = tl.min(scores, 0)
+    tied = scores == lowest
+    position = tl.load(positions + index, mask=tied, other=9223372036854775807)
+    earliest = tl.min(position, 0)
+    slot = tl.min(tl.where(tied & (position == earliest), index, 2147483647), 0)
+    return lowest, slot
+
+
+@triton.jit
+def _solve(entries, k: tl.constexpr):
+    """tau in [-1, 0] with sum clip(entries - tau, 0, 1) = k, where the k-th best entry is 0.
+
+    Newton's method, exact once it reaches the right linear piece, and halving where it does not halve the bracket.
+    """
+    low = -1.0
+    high = 0.0
+    tau = -0.5
+    steps = 0
+    while steps < 48:
+        above = entries - tau
+        is_one = above >= 1.0
+        inside = (above > 0.0) & (above < 1.0)
+        # Two counts in one sum: both are below 2^15.
+        counts = tl.sum(is_one.to(tl.int32) + inside.to(tl.int32) * 65536, 0)
+        interior = (counts // 65536).to(tl.float32)
+        excess = tl.sum(tl.where(inside, above, 0.0), 0) + ((counts % 65536) - k).to(tl.float32)
+        width = high - low
+        low = tl.where(excess >= 0.0, tau, low)
+        high = tl.where(excess >= 0.0, high, tau)
+        newton = tau + excess / tl.maximum(interior, 1.0)
+        trusted = (newton >= low) & (newton <= high)
+        following = tl.where(trusted & (high - low <= 0.5 * width), newton, 0.5 * (low + high))
+        done = (excess == 0.0) | (newton == tau) | (high - low <= 1.2e-7)
+        tau = tl.where(done, tl.where(trusted, newton, tau), following)
+        steps = tl.where(done, 48, steps + 1)
+    return tau
+
+
+@triton.jit
+def _threshold(candidate, exists, selected, support, support_positions, K: tl.constexpr, S: tl.constexpr):
+    """tau once the candidate has taken its place; `selected`, the scores of the new k best, +inf beyond them."""
+    index = tl.arange(0, support.shape[0])
+    lowest, slot = _worst(tl.where(index < S, support, float("inf")), support_positions, index)
+    enters = exists & (candidate >= lowest)
+    support = tl.where((index == slot) & enters, candidate, support)
+    tau = float("-inf")
+    if tl.sum((support > float("-inf")).to(tl.int32), 0) > K:
+        # tau lies within 1 below the k-th best: measured from there, the sums are small and exact.
+        centre = tl.min(selected, 0)
+        entries = tl.minimum(tl.maximum(support - centre, -1.0), 1.0)
+        tau = centre + _solve(entries, K)
+    return tau
+
+
+@triton.jit
+def decide(
+    position, start, old_scores, selected_positions, support_scores, support_positions,
+    W: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    GATE_VALUE: tl.constexpr,
+):  # fmt: skip
+    """Whether the pair that leaves the window is selected, the slot of the pair that it replaces, and the new tau."""
+    candidate = tl.load(old_scores + position % W)
+    exists = position - W >= start
+    admitted = exists & (K > 0)
+    evicted = 0
+    tau = float("-inf")
+    if K > 0:
+        index = tl.arange(0, BLOCK_K)
+        selected = tl.load(old_scores + W + index, mask=index < K, other=float("inf"))
+        lowest, evicted = _worst(selected, selected_positions, index)
+        admitted = exists & (candidate >= lowest)
+        if GATE_VALUE:
+            support_index = tl.arange(0, BLOCK_S)
+            support = tl.load(support_scores + support_index, mask=support_index < S, other=float("-inf"))
+            selected = tl.where((index == evicted) & admitted, candidate, selected)
+            tau = _threshold(candidate, exists, selected, support, support_positions, K, S)
+    return exists, admitted, evicted, tau
+
+
+@triton.jit
+def update(
+    key, value, score, old_key, old_value, old_scores, selected_positions, support_scores, support_positions,
+    slot, leaving, exists, admitted, evicted,
+    W: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes the state of one KV head; key and value point at the new token's, the others at the head's tables."""
+    d = tl.arange(0, BLOCK_D)
+    candidate = tl.load(old_scores + slot)
+    if admitted:
+        target = (W + evicted) * D + d
+        tl.store(old_key + target, tl.load(old_key + slot * D + d, mask=d < D), mask=d < D)
+        tl.store(old_value + target, tl.load(old_value + slot * D + d, mask=d < D), mask=d < D)
+        tl.store(old_scores + W + evicted, candidate)
+        tl.store(selected_positions + evicted, leaving)
+    if S > 0:
+        index = tl.arange(0, BLOCK_S)
+        support = tl.load(support_scores + index, mask=index < S, other=float("inf"))
+        lowest, worst = _worst(support, support_positions, index)
+        if exists & (candidate >= lowest):
+            tl.store(support_scores + worst, candidate)
+            tl.store(support_positions + worst, leaving)
+    tl.debug_barrier()
+    tl.store(old_key + slot * D + d, tl.load(key + d, mask=d < D), mask=d < D)
+    tl.store(old_value + slot * D + d, tl.load(value + d, mask=d < D), mask=d < D)
+    tl.store(old_scores + slot, score)
