@@ -113,9 +113,9 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     sequence_degree: int = 1
-    """p: ranks that share one sequence, each with a contiguous shard."""
-    exchange: Literal["all_gather"] = "all_gather"
-    """How selected pairs reach later ranks."""
+    """p: ranks that share one sequence, each with a contiguous shard. Sequences are padded to a multiple of it."""
+    exchange: Literal["auto", "all_gather", "scan"] = "auto"
+    """How selected pairs reach later ranks: all at once, or in log2(p) rounds; `auto` gathers up to degree 8."""
     zero_stage: int = 2
     """DeepSpeed ZeRO stage, 0 to 3: what is partitioned over all ranks."""
     timeout_minutes: float = 10.0
@@ -186,8 +186,8 @@ class Config:
 
     @property
     def shard_length(self) -> int:
-        """Tokens of one context on one rank."""
-        return self.data.sequence_length // self.parallel.sequence_degree
+        """Tokens of one context on one rank, up to p - 1 of padding on the last included."""
+        return -(-self.data.sequence_length // self.parallel.sequence_degree)
 
     def data_parallel_degree(self, world_size: int) -> int:
         """Sequence-parallel groups, each reading different contexts."""

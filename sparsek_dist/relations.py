@@ -101,21 +101,22 @@ def _model(config: Config) -> Iterator[str]:
 
 
 def _sharding(config: Config) -> Iterator[str]:
-    attention, length, degree = config.attention, config.data.sequence_length, config.parallel.sequence_degree
-    if length % degree:
-        yield (
-            f"data.sequence_length = {length} must be a multiple of parallel.sequence_degree = {degree}: "
-            f"use {near_multiple(length, degree)}"
-        )
-    elif attention.kind == "full" and degree > 1:
-        yield (
-            f"attention.kind = full cannot share a sequence over parallel.sequence_degree = {degree} ranks: "
-            "set the degree to 1, or choose sparsek, random, sink_window or window"
-        )
-    elif degree > 1 and length // degree < attention.reach:
+    attention, model, degree = config.attention, config.model, config.parallel.sequence_degree
+    if degree == 1:
+        return
+    if attention.kind == "full":
+        # DeepSpeed-Ulysses gives each rank a share of the heads; the sparse kinds do not divide them.
+        if model.num_kv_heads % degree or model.num_query_heads % degree:
+            yield (
+                f"parallel.sequence_degree = {degree} must divide model.num_kv_heads = {model.num_kv_heads} and "
+                f"model.num_query_heads = {model.num_query_heads}, because attention.kind = full shares heads among "
+                f"ranks: use {divisors(math.gcd(model.num_kv_heads, model.num_query_heads))}, or another kind"
+            )
+    elif config.shard_length < attention.reach:
+        length = config.data.sequence_length
         yield (
             f"data.sequence_length = {length} over parallel.sequence_degree = {degree} leaves shards of "
-            f"{length // degree} tokens, shorter than the window of {attention.reach}: use a length of at least "
+            f"{config.shard_length} tokens, shorter than the window of {attention.reach}: use a length of at least "
             f"{attention.reach * degree}, or a degree of at most {max(1, length // attention.reach)}"
         )
 

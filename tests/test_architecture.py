@@ -14,6 +14,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 SOLE_IMPORTERS = {
     "omegaconf": ("sparsek_dist/config.py",),
     "deepspeed": (
+        "sparsek_dist/attention/ulysses.py",
         "sparsek_dist/parallel/comm.py",
         "sparsek_dist/parallel/rendezvous.py",
         "sparsek_dist/training/engine.py",

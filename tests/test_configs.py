@@ -45,7 +45,6 @@ WRONG = {
     "model.num_kv_heads=3": "model.num_kv_heads = 3 must divide model.num_query_heads = 4: use 1, 2 or 4",
     "model.head_dim=31": "model.head_dim = 31 must be even",
     "model.hidden_size=130": "model.hidden_size = 130 must be a multiple of model.num_query_heads = 4.*128 or 132",
-    "parallel.sequence_degree=3": "sequence_length = 1024 must be a multiple of .*degree = 3: use 1023 or 1026",
     "parallel.sequence_degree=64": "leaves shards of 16 tokens, shorter than the window of 32.*degree of at most 32",
     "parallel.zero_stage=-1": "parallel.zero_stage = -1 must not be negative",
     "attention.backend=triton": "attention.backend = triton is not part of this version",
@@ -67,9 +66,11 @@ def test_each_wrong_setting_gets_its_own_message(override, message):
         load(ROOT / "configs" / "quickstart.yaml", [override])
 
 
-def test_full_attention_cannot_share_a_sequence():
-    with pytest.raises(ConfigError, match=r"attention.kind = full .*set the degree to 1"):
-        load(ROOT / "configs" / "quickstart.yaml", ["attention.kind=full"])
+def test_full_attention_shares_heads():
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    assert load(quickstart, ["attention.kind=full"]).parallel.sequence_degree == 2
+    with pytest.raises(ConfigError, match=r"degree = 3 must divide model.num_kv_heads = 2 .*use 1 or 2, or another"):
+        load(quickstart, ["attention.kind=full", "parallel.sequence_degree=3"])
 
 
 def test_several_mistakes_are_reported_together():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsek_dist.attention.exchange import add_halo, exchange_carry
+from sparsek_dist.attention.exchange import Exchange, add_halo, exchange_carry
 from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
 from sparsek_dist.config import NUM_SINKS, AttentionConfig
 from sparsek_dist.parallel.mesh import RankGroup
@@ -44,6 +44,7 @@ class ParallelAttention:
     budget: Budget
     group: RankGroup
     backend: str = "auto"
+    exchange: Exchange = "auto"
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor, position_ids: Tensor, *, scale: float
@@ -61,10 +62,17 @@ class ParallelAttention:
         index = torch.arange(query.shape[1], device=query.device)
         document_start = index - position_ids.expand(query.shape[0], -1)
         halo = budget.window - 1
-        key, value = add_halo(torch.cat([key, value], dim=-1), halo, group).chunk(2, dim=-1)
-        scores = add_halo(scores, halo, group)
+        pairs, scores = add_halo(torch.cat([key, value], dim=-1), scores, halo, group)
+        key, value = pairs.chunk(2, dim=-1)
         carry = exchange_carry(
-            key, value, scores, document_start, group, num_selected=budget.num_selected, support=budget.support
+            key,
+            value,
+            scores,
+            document_start,
+            group,
+            num_selected=budget.num_selected,
+            support=budget.support,
+            exchange=self.exchange,
         )
         return shard_attention(
             query,

@@ -101,5 +101,6 @@ def _shape_rows(config: Config, precision: Precision) -> list[tuple[str, str]]:
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         pair_bytes=BYTES_OF[precision],
+        exchange=config.parallel.exchange,
     )
     return [*rows, ("received, forward", f"{received:,} bytes, whatever the sequence length")]

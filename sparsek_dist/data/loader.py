@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsek_dist.data.packing import IGNORED, Context, Contexts
-from sparsek_dist.parallel.layout import shard
+from sparsek_dist.parallel.layout import padding, shard
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,26 @@ class Batch:
     position_ids: Tensor
 
     def shard(self, rank: int, degree: int) -> Batch:
-        """[b, n] -> [b, n/p]: what `rank` of a sequence-parallel group of p = `degree` holds."""
-        return self._map(lambda x: shard(x, rank, degree, dim=1))
+        """[b, n] -> [b, ceil(n/p)]: what `rank` of a sequence-parallel group of p = `degree` holds."""
+        return self._padded(degree)._map(lambda x: shard(x, rank, degree, dim=1))
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda x: x.to(device))
+
+    def _padded(self, degree: int) -> Batch:
+        """Filled up at the end to a multiple of `degree`, by a document of its own without targets.
+
+        So padding adds nothing to the loss, and no real token sees or selects it: it comes after all of them.
+        """
+        extra = padding(self.input_ids.shape[1], degree)
+        if extra == 0:
+            return self
+        positions = torch.arange(extra).to(self.position_ids).expand(len(self.position_ids), -1)
+        return Batch(
+            F.pad(self.input_ids, (0, extra)),
+            F.pad(self.labels, (0, extra), value=IGNORED),
+            torch.cat([self.position_ids, positions], dim=1),
+        )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(function(self.input_ids), function(self.labels), function(self.position_ids))

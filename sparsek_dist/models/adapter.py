@@ -10,7 +10,7 @@ left padding ends. A padding token is a document of its own, so nobody else sees
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparsek_dist.attention.exchange import Exchange
 from sparsek_dist.attention.parallel import Budget, ParallelAttention, build_scorer
 from sparsek_dist.config import AttentionConfig
 from sparsek_dist.errors import ConfigError, NumericsError
@@ -33,7 +34,9 @@ FORMAT = 1
 """Version of the `sparsek` entry in a saved model's config.json."""
 
 
-def install(model: PreTrainedModel, config: AttentionConfig, group: RankGroup, *, seed: int) -> None:
+def install(
+    model: PreTrainedModel, config: AttentionConfig, group: RankGroup, *, seed: int, exchange: Exchange = "auto"
+) -> None:
     """Gives the attention layers of `model` scorers and this rank's attention. No weight of the model changes.
 
     Raises:
@@ -51,7 +54,7 @@ def install(model: PreTrainedModel, config: AttentionConfig, group: RankGroup, *
         )
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _padding)
-    attention = ParallelAttention(Budget.of(config), group, config.backend)
+    attention = ParallelAttention(Budget.of(config), group, config.backend, exchange)
     for index, (module, kind) in enumerate(zip(modules, plan, strict=True)):
         module.layer_kind = kind
         module.register_forward_pre_hook(partial(_prepare, cache_name=family.cache), with_kwargs=True)
@@ -64,9 +67,7 @@ def install(model: PreTrainedModel, config: AttentionConfig, group: RankGroup, *
         module.scorer = build_scorer(
             settings, hidden_size=spec.hidden_size, num_kv_heads=num_kv_heads(spec), seed=seed, layer=index
         ).to(device=weight.device, dtype=weight.dtype)
-        module.parallel_attention = (
-            attention if kind == "sparsek" else ParallelAttention(Budget.of(settings), group, config.backend)
-        )
+        module.parallel_attention = replace(attention, budget=Budget.of(settings))
     model.set_attn_implementation(NAME)
     spec.sparsek = section(config, seed=seed)
 

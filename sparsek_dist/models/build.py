@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from sparsek_dist.attention.awareness import refuse_unaware_layers
 from sparsek_dist.config import Config
 from sparsek_dist.models.adapter import install
+from sparsek_dist.models.ulysses import install_ulysses
 from sparsek_dist.parallel.mesh import Mesh
+from sparsek_dist.parallel.recompute import keep_received
 
 
 def build_model(config: Config, mesh: Mesh, *, vocab_size: int) -> PreTrainedModel:
@@ -22,12 +25,16 @@ def build_model(config: Config, mesh: Mesh, *, vocab_size: int) -> PreTrainedMod
     spec = model_spec(config, vocab_size=vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        # Dense attention stays transformers' own.
+        # On one rank, dense attention stays transformers' own.
         model = AutoModelForCausalLM.from_config(spec, attn_implementation="sdpa")
         if config.attention.kind != "full":
-            install(model, config.attention, mesh.sequence, seed=config.run.seed)
+            install(model, config.attention, mesh.sequence, seed=config.run.seed, exchange=config.parallel.exchange)
+        elif mesh.sequence.size > 1:
+            install_ulysses(model, mesh.sequence)
+    if mesh.sequence.size > 1:
+        refuse_unaware_layers(model)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_received})
     return model
 
 

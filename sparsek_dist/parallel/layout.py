@@ -20,6 +20,11 @@ def shard(x: Tensor, rank: int, degree: int, *, dim: int = 1) -> Tensor:
     return x.narrow(dim, rank * (length // degree), length // degree)
 
 
+def padding(length: int, degree: int) -> int:
+    """How many tokens to add to n = `length` so that p = `degree` shards are equal; less than p."""
+    return -length % degree
+
+
 def unshard(shards: Sequence[Tensor], *, dim: int = 1) -> Tensor:
     """p times [.., n/p, ..], in rank order -> [.., n, ..]."""
     return torch.cat(list(shards), dim=dim)

@@ -32,15 +32,10 @@ class RankGroup:
     def size(self) -> int:
         return len(self.ranks)
 
-    @property
-    def left(self) -> int | None:
-        """Global rank of the neighbour that holds earlier tokens; None on the first."""
-        return self.ranks[self.rank - 1] if self.rank > 0 else None
-
-    @property
-    def right(self) -> int | None:
-        """Global rank of the neighbour that holds later tokens; None on the last."""
-        return self.ranks[self.rank + 1] if self.rank + 1 < self.size else None
+    def neighbour(self, distance: int) -> int | None:
+        """Global rank that stands `distance` to the right, with later tokens (to the left if negative), if any."""
+        index = self.rank + distance
+        return self.ranks[index] if 0 <= index < self.size else None
 
 
 @dataclass(frozen=True)

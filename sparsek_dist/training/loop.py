@@ -152,7 +152,8 @@ def train_step(engine: Any, batches: list[Batch], step: int, config: Config, mes
     _require_finite("loss", loss, step + 1)
     grad_norm = optimizer_step(engine)
     _require_finite("gradient norm", grad_norm, step + 1)
-    tokens = sum(batch.input_ids.numel() for batch in batches) * mesh.world.size
+    # From the settings: a shard may hold padding.
+    tokens = config.sequences_per_step(mesh.world.size) * config.data.sequence_length
     return StepOutcome(loss, grad_norm, tokens, sum(mesh.sequence.received.values()) - received_before)
 
 

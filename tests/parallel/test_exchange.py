@@ -1,62 +1,136 @@
-"""The exchange: its size does not depend on n, and packing documents leaks nothing across shards."""
+"""The exchange: its size is the formula's and has no n in it, recomputing adds nothing to it, and nothing leaks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
+import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from sparsek_dist.attention.exchange import received_per_layer
+from sparsek_dist.attention.exchange import received_per_layer, resolve_exchange
 from sparsek_dist.attention.parallel import Budget, ParallelAttention
 from sparsek_dist.parallel.layout import shard
-from sparsek_dist.parallel.mesh import build_mesh
+from sparsek_dist.parallel.mesh import Mesh, build_mesh
+from sparsek_dist.parallel.recompute import keep_received
 from tests.distributed import run_distributed
 
 K, W, S, G, D = 6, 5, 16, 2, 4
+EXCHANGES = ("all_gather", "scan")
+BUDGET = Budget(K, W, S, "value")
 
 
-def _attend(rank: int, mesh, n: int, *, changed: int | None = None, begins: int | None = None) -> torch.Tensor:
+def _inputs(n: int, *, changed: int | None = None, begins: int | None = None) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    query = torch.randn(1, n, 4, D, generator=generator)
-    key, value = (torch.randn(1, n, G, D, generator=generator) for _ in range(2))
-    scores = torch.randn(1, n, G, generator=generator)
+    shapes = [(1, n, 4, D), (1, n, G, D), (1, n, G, D), (1, n, G)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     if changed is not None:
-        for x in (query, key, value, scores):
+        for x in tensors:
             x[:, changed] += 1.0
     positions = torch.arange(n) if begins is None else torch.cat([torch.arange(begins), torch.arange(n - begins)])
-    attention = ParallelAttention(Budget(K, W, S, "value"), mesh.sequence)
-    parts = [shard(x, rank, 2) for x in (query, key, value, scores, positions.unsqueeze(0))]
-    return attention(*parts, scale=0.5)
+    return [*tensors, positions.unsqueeze(0)]
 
 
-def _volumes(rank: int, world_size: int) -> list[int]:
-    received = []
-    for n in (64, 512):
-        mesh = build_mesh(2, timeout=timedelta(seconds=60))
-        _attend(rank, mesh, n)
-        received.append(sum(mesh.sequence.received.values()))
-    return received
+def _attend(mesh: Mesh, exchange: str, inputs: list[torch.Tensor], *, recompute: str = "") -> dict:
+    """Output, gradients and received bytes, forward and in all."""
+    group = replace(mesh.sequence, received=type(mesh.sequence.received)())
+    parts = [shard(x, group.rank, group.size).clone() for x in inputs]
+    leaves = [x.requires_grad_() for x in parts[:4]]
+    attention = ParallelAttention(BUDGET, group, exchange=exchange)
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        return attention(*tensors, scale=0.5)
+
+    if recompute:
+        keep = {"context_fn": keep_received} if recompute == "kept" else {}
+        output = checkpoint(run, *parts, use_reentrant=False, **keep)
+    else:
+        output = run(*parts)
+    forward = sum(group.received.values())
+    output.square().sum().backward()
+    gradients = [x.grad for x in leaves]
+    return {"output": output.detach(), "gradients": gradients, "forward": forward, "all": sum(group.received.values())}
 
 
-def _leaks(rank: int, world_size: int) -> list[torch.Tensor]:
-    mesh = build_mesh(2, timeout=timedelta(seconds=60))
-    plain = _attend(rank, mesh, 64)
-    later = _attend(rank, mesh, 64, changed=40)
-    packed = _attend(rank, mesh, 64, begins=25)
-    other = _attend(rank, mesh, 64, begins=25, changed=20)
-    return [plain, later, packed, other]
+def _measure(rank: int, world_size: int) -> dict[str, dict]:
+    mesh = build_mesh(world_size, timeout=timedelta(seconds=60))
+    results = {}
+    for exchange in EXCHANGES:
+        results[exchange] = {
+            "n": _attend(mesh, exchange, _inputs(48)),
+            "8n": _attend(mesh, exchange, _inputs(8 * 48)),
+            "kept": _attend(mesh, exchange, _inputs(48), recompute="kept"),
+            "again": _attend(mesh, exchange, _inputs(48), recompute="again"),
+            "later": _attend(mesh, exchange, _inputs(48, changed=29)),
+            "packed": _attend(mesh, exchange, _inputs(48, begins=19)),
+            "other": _attend(mesh, exchange, _inputs(48, begins=19, changed=17)),
+        }
+    return results
 
 
-def test_bytes_do_not_grow_with_the_sequence():
-    first, second = run_distributed(_volumes, 2)
-    expected = received_per_layer(2, window=W, num_selected=K, support=S, num_kv_heads=G, head_dim=D, pair_bytes=4)
-    assert second == [expected, expected]
-    # The first rank has no left neighbour, but takes part in the gather of summaries.
-    assert first[0] == first[1] < expected
+@pytest.fixture(scope="module", params=[3, 4])
+def by_rank(request) -> list[dict]:
+    return run_distributed(_measure, request.param)
 
 
-def test_nothing_leaks_from_later_tokens_or_other_documents():
-    first, second = run_distributed(_leaks, 2)
-    plain, later, packed, other = (torch.cat([a, b], dim=1) for a, b in zip(first, second, strict=True))
-    assert torch.equal(plain[:, :40], later[:, :40]) and not torch.equal(plain[:, 40:], later[:, 40:])
-    assert torch.equal(packed[:, 25:], other[:, 25:]) and not torch.equal(packed[:, 20:25], other[:, 20:25])
+def _whole(by_rank: list[dict], exchange: str, name: str) -> torch.Tensor:
+    return torch.cat([rank[exchange][name]["output"] for rank in by_rank], dim=1)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_received_bytes_are_the_formula_whatever_the_length(by_rank, exchange):
+    degree = len(by_rank)
+    halo, pairs, entries = (W - 1) * G * (2 * D * 4 + 4), K * G * 2 * D * 4, S * G * 8
+    for rank, results in enumerate(by_rank):
+        summaries = degree - 1 if exchange == "all_gather" else rank.bit_length()
+        expected = (halo if rank else 0) + summaries * (pairs + entries)
+        assert results[exchange]["n"]["forward"] == expected, rank
+        # Backward, each rank's entries send their gradients back, but no positions.
+        senders = degree - 1 if exchange == "all_gather" else (degree - 1 - rank).bit_length()
+        expected += (halo if rank < degree - 1 else 0) + senders * (pairs + entries // 2)
+        assert results[exchange]["n"]["all"] == results[exchange]["8n"]["all"] == expected, rank
+    told = received_per_layer(
+        degree,
+        window=W,
+        num_selected=K,
+        support=S,
+        num_kv_heads=G,
+        head_dim=D,
+        pair_bytes=4,
+        exchange=exchange,
+    )
+    assert by_rank[-1][exchange]["n"]["forward"] == told
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_recomputing_receives_nothing(by_rank, exchange):
+    for rank, results in enumerate(by_rank):
+        plain, kept, again = (results[exchange][name] for name in ("n", "kept", "again"))
+        assert kept["all"] == plain["all"]
+        assert again["all"] == plain["all"] + plain["forward"], "or the comparison would show nothing"
+        assert torch.equal(kept["output"], plain["output"])
+        for mine, expected in zip(kept["gradients"], plain["gradients"], strict=True):
+            assert torch.equal(mine, expected), rank
+
+
+def test_both_exchanges_compute_the_same(by_rank):
+    for results in by_rank:
+        gathered, scanned = (results[exchange]["packed"] for exchange in EXCHANGES)
+        assert torch.equal(gathered["output"], scanned["output"])
+        for mine, expected in zip(scanned["gradients"], gathered["gradients"], strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_nothing_leaks_from_later_tokens_or_other_documents(by_rank, exchange):
+    plain, later = _whole(by_rank, exchange, "n"), _whole(by_rank, exchange, "later")
+    assert torch.equal(plain[:, :29], later[:, :29]) and not torch.equal(plain[:, 29:], later[:, 29:])
+    packed, other = _whole(by_rank, exchange, "packed"), _whole(by_rank, exchange, "other")
+    assert torch.equal(packed[:, 19:], other[:, 19:]) and not torch.equal(packed[:, 17:19], other[:, 17:19])
+
+
+def test_auto_gathers_up_to_eight():
+    chosen = [resolve_exchange("auto", degree) for degree in (1, 2, 8, 9, 64)]
+    assert chosen == ["all_gather"] * 3 + ["scan"] * 2
+    assert resolve_exchange("scan", 2) == "scan" and resolve_exchange("all_gather", 64) == "all_gather"

@@ -13,12 +13,14 @@ from datetime import timedelta
 import pytest
 import torch
 
-from sparsek_dist.config import AttentionConfig, Config, DataConfig, ModelConfig
+from sparsek_dist.attention import exchange
+from sparsek_dist.config import AttentionConfig, Config, DataConfig, ModelConfig, ParallelConfig
+from sparsek_dist.data.loader import Batch
 from sparsek_dist.models import build_model
 from sparsek_dist.parallel import comm
-from sparsek_dist.parallel.layout import shard
 from sparsek_dist.parallel.loss import IGNORE, loss_sum
 from sparsek_dist.parallel.mesh import Mesh, build_mesh
+from sparsek_kernels.carry import NOWHERE
 from tests.distributed import run_distributed
 
 LENGTH, BATCH, VOCABULARY, STEPS = 48, 4, 11, 5
@@ -28,8 +30,10 @@ LENGTH, BATCH, VOCABULARY, STEPS = 48, 4, 11, 5
 class Case:
     attention: AttentionConfig
     documents: str = "one"
-    """`one` per sequence, `random` boundaries, or `edges`: boundaries at shard edges, one rank without targets."""
+    """`one` per sequence, `two` with a boundary in the second shard of 4, `random` boundaries, `many` of them,
+    or `edges`: boundaries at shard edges, and one rank without targets."""
     activation_checkpointing: bool = False
+    length: int = LENGTH
 
 
 def _attention(**changes) -> AttentionConfig:
@@ -39,57 +43,77 @@ def _attention(**changes) -> AttentionConfig:
 CASES = {
     "straight_through": Case(_attention()),
     "value packed": Case(_attention(gate="value"), "random"),
+    "many documents": Case(_attention(gate="value"), "many"),
     "key_value edges": Case(_attention(gate="key_value"), "edges"),
+    "not recomputed": Case(_attention(slope=0.01), "random"),
     "recomputed": Case(_attention(slope=0.01), "random", activation_checkpointing=True),
+    "all but one supported": Case(_attention(support=6, gate="value"), "two"),
     "more selected than exist": Case(_attention(num_selected=60, support=None, gate="value"), "random"),
     "window of one": Case(_attention(window=1, gate="value"), "random"),
     "window as long as a shard": Case(_attention(window=12)),
+    "padded": Case(_attention(gate="value"), "random", length=LENGTH - 1),
     "selected nothing": Case(_attention(num_selected=0)),
     "baseline random": Case(_attention(kind="random"), "random"),
     "baseline sink_window": Case(_attention(kind="sink_window")),
     "baseline window": Case(_attention(kind="window"), "random"),
+    "baseline full": Case(_attention(kind="full"), "random"),
+    "baseline full in one document": Case(_attention(kind="full", num_selected=0), length=LENGTH - 1),
 }
 
 
-def _config(case: Case) -> Config:
+def _config(case: Case, exchange: str) -> Config:
+    # Only Ulysses needs heads that the degree divides; 3 KV heads divide by neither 2 nor 4.
+    hidden, heads, head_dim = (24, 24, 2) if case.attention.kind == "full" else (12, 6, 4)
     config = Config(
         model=ModelConfig(
-            hidden_size=12, intermediate_size=20, num_layers=2, num_query_heads=6, num_kv_heads=3, head_dim=4
+            hidden_size=hidden,
+            intermediate_size=20,
+            num_layers=2,
+            num_query_heads=heads,
+            num_kv_heads=heads // 2,
+            head_dim=head_dim,
         ),
         attention=case.attention,
-        data=DataConfig(sequence_length=LENGTH),
+        data=DataConfig(sequence_length=case.length),
+        parallel=ParallelConfig(exchange=exchange),
     )
     return replace(config, train=replace(config.train, activation_checkpointing=case.activation_checkpointing))
 
 
-def _batch(documents: str) -> dict[str, torch.Tensor]:
+def _batch(case: Case) -> Batch:
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=generator)
     begins = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
-    if documents == "random":
+    if case.documents == "random":
         begins = torch.rand(BATCH, LENGTH, generator=generator) < 0.08
-    if documents == "edges":
+    if case.documents == "many":
+        begins = torch.rand(BATCH, LENGTH, generator=generator) < 0.5
+    if case.documents == "two":
+        begins[:, 18] = True
+    if case.documents == "edges":
         begins[:, 12::12] = True
     index = torch.arange(LENGTH).expand(BATCH, -1)
     positions = index - torch.where(begins, index, 0).cummax(1).values
     labels = tokens[:, 1:].clone()
     labels[:, :-1][begins[:, 1:]] = IGNORE
-    if documents == "edges":
+    if case.documents == "edges":
         labels[:, 12:24] = IGNORE
-    return {"input_ids": tokens[:, :-1], "labels": labels, "position_ids": positions}
+    return Batch(*(x[:, : case.length] for x in (tokens, labels, positions)))
 
 
-def _train(mesh: Mesh, case: Case) -> dict[str, object]:
-    """Five steps of plain gradient descent on this rank's shards of this rank's sequences."""
-    model = build_model(_config(case), mesh, vocab_size=VOCABULARY).double()
-    share = BATCH // mesh.data_degree
+def _train(mesh: Mesh, case: Case, steps: int, exchange: str = "auto") -> dict[str, object]:
+    """Steps of plain gradient descent on this rank's shards of this rank's sequences."""
+    model = build_model(_config(case, exchange), mesh, vocab_size=VOCABULARY).double()
+    share, whole = BATCH // mesh.data_degree, _batch(case)
     rows = slice(mesh.data_rank * share, (mesh.data_rank + 1) * share)
-    batch = {name: shard(x[rows], mesh.sequence.rank, mesh.sequence.size) for name, x in _batch(case.documents).items()}
-    targets = (_batch(case.documents)["labels"] != IGNORE).sum()
+    targets = (whole.labels != IGNORE).sum()
+    batch = Batch(whole.input_ids[rows], whole.labels[rows], whole.position_ids[rows])
+    batch = batch.shard(mesh.sequence.rank, mesh.sequence.size)
     result: dict[str, object] = {"losses": []}
-    for step in range(STEPS):
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        loss = loss_sum(logits, batch["labels"]) / targets
+    received_before = sum(mesh.sequence.received.values())
+    for step in range(steps):
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
+        loss = loss_sum(logits, batch.labels) / targets
         model.zero_grad()
         loss.backward()
         result["losses"].append(comm.all_reduce_sum(loss, mesh.world))
@@ -101,16 +125,29 @@ def _train(mesh: Mesh, case: Case) -> dict[str, object]:
             for name, p in trained.items():
                 p -= 0.3 * grads[name]
     result["losses"] = torch.stack(result["losses"])
-    result["received"] = sum(mesh.sequence.received.values())
+    result["received"] = sum(mesh.sequence.received.values()) - received_before
     return result
 
 
-def _worker(rank: int, world_size: int, runs: list[tuple[int, str, str | None]]) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Run:
+    degree: int
+    case: str
+    exchange: str = "auto"
+    broken: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of plain gradient descent. One is enough to see a break, and two to see what steps add to each other."""
+        return 1 if self.broken else STEPS if self.case == "value packed" else 2
+
+
+def _worker(rank: int, world_size: int, runs: list[Run]) -> list[dict[str, object]]:
+    meshes = {degree: build_mesh(degree, timeout=timedelta(seconds=60)) for degree in sorted({r.degree for r in runs})}
     results = []
-    for degree, name, broken in runs:
-        mesh = build_mesh(degree, timeout=timedelta(seconds=60))
-        with _break(broken):
-            results.append(_train(mesh, CASES[name]))
+    for run in runs:
+        with _break(run.broken):
+            results.append(_train(meshes[run.degree], CASES[run.case], run.steps, run.exchange))
     return results
 
 
@@ -118,6 +155,7 @@ def _errors(ranks: list[dict], expected: dict, degree: int) -> dict[str, float]:
     """Largest relative error of outputs, of any parameter's gradient, and of the losses, over all ranks."""
     groups = [ranks[start : start + degree] for start in range(0, len(ranks), degree)]
     logits = torch.cat([torch.cat([r["logits"] for r in group], dim=1) for group in groups])
+    logits = logits[:, : expected["logits"].shape[1]]
 
     def relative(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).abs().max() / b.abs().max().clamp_min(1e-3))
@@ -130,35 +168,54 @@ def _errors(ranks: list[dict], expected: dict, degree: int) -> dict[str, float]:
 
 
 @functools.cache
-def _expected(name: str) -> dict[str, object]:
-    return _train(Mesh(), CASES[name])
+def _expected(name: str, steps: int) -> dict[str, object]:
+    return _train(Mesh(), CASES[name], steps)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_every_degree_equals_one_process(world_size):
-    degrees = [degree for degree in (1, 2, 4) if degree <= world_size]
-    runs = [(degree, name, None) for degree in degrees for name in CASES if degree > 1 or name == "value packed"]
+    runs = [Run(world_size, name, exchange) for name, case in CASES.items() for exchange in _exchanges(case)]
+    if world_size == 4:
+        # Beside data parallelism, and data parallelism alone.
+        runs += [Run(2, "value packed", "scan"), Run(1, "value packed")]
     ranks = run_distributed(_worker, world_size, runs, timeout=150)
-    for index, (degree, name, _) in enumerate(runs):
-        errors = _errors([rank[index] for rank in ranks], _expected(name), degree)
-        assert max(errors.values()) < 1e-10, f"{name} at degree {degree}: {errors}"
+    for index, run in enumerate(runs):
+        errors = _errors([rank[index] for rank in ranks], _expected(run.case, run.steps), run.degree)
+        assert max(errors.values()) < 1e-10, f"{run}: {errors}"
+        if run.case == "recomputed":
+            plain = runs.index(replace(run, case="not recomputed"))
+            assert [rank[index]["received"] for rank in ranks] == [rank[plain]["received"] for rank in ranks]
 
 
+def _exchanges(case: Case) -> tuple[str, ...]:
+    selects = case.attention.kind not in ("window", "full") and case.attention.num_selected > 0
+    return ("all_gather", "scan") if selects else ("auto",)
+
+
+# What each one breaks, on 4 ranks, and where it must show.
 BREAKS = {
-    "halo": "outputs",
-    "halo adjoint": "gradients",
-    "carry": "outputs",
-    "carry adjoint": "gradients",
-    "carry positions": "outputs",
+    "halo": ("all_gather", "outputs"),
+    "halo adjoint": ("all_gather", "gradients"),
+    "gather": ("all_gather", "outputs"),
+    "gather adjoint": ("all_gather", "gradients"),
+    "gather positions": ("all_gather", "outputs"),
+    "scan": ("scan", "outputs"),
+    "scan adjoint": ("scan", "gradients"),
+    "scan positions": ("scan", "outputs"),
+    "scan round 2": ("scan", "outputs"),
+    "scan round 2 adjoint": ("scan", "gradients"),
+    "scan keeps ended documents": ("scan", "outputs"),
+    "scan drops unended documents": ("scan", "outputs"),
 }
 
 
 def test_every_exchange_and_adjoint_is_needed():
-    runs = [(2, "value packed", broken) for broken in BREAKS]
-    ranks = run_distributed(_worker, 2, runs, timeout=100)
-    for index, (_, name, broken) in enumerate(runs):
-        errors = _errors([rank[index] for rank in ranks], _expected(name), 2)
-        assert errors[BREAKS[broken]] > 1e-6, f"without the {broken} nothing changed: {errors}"
+    # With k = S - 1 a summary cannot help being full, so that an entry too much pushes out one that was needed.
+    runs = [Run(4, "all but one supported", exchange, broken) for broken, (exchange, _) in BREAKS.items()]
+    ranks = run_distributed(_worker, 4, runs, timeout=100)
+    for index, run in enumerate(runs):
+        errors = _errors([rank[index] for rank in ranks], _expected(run.case, run.steps), run.degree)
+        assert errors[BREAKS[run.broken][1]] > 1e-6, f"without the {run.broken} nothing changed: {errors}"
 
 
 class _break:
@@ -166,32 +223,42 @@ class _break:
 
     def __init__(self, what: str | None) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.what = what
+        self.what = what or ""
 
     def __enter__(self) -> None:
-        shift, gather = comm._shift, comm._Gather.forward
+        shift, arrived, scan = comm._shift, exchange._from_wire, exchange._scan_earlier
+        name, adjoint = self.what.removesuffix(" adjoint"), self.what.endswith("adjoint")
 
-        def no_halo(x, group, *, to, source, kind):
-            received = shift(x, group, to=to, source=source, kind=kind)
-            forward = to == group.right and source == group.left
-            return torch.zeros_like(received) if forward == (self.what == "halo") else received
+        def no_shift(message, group, distance, kind):
+            received = shift(message, group, distance, kind)
+            hit = {"halo": kind == "halo", "scan": kind == "carry", "scan round 2": abs(distance) == 2}[name]
+            return torch.zeros_like(received) if hit and adjoint == (distance < 0) else received
 
-        def no_gather(ctx, x, group, kind):
-            gathered = gather(ctx, x, group, kind)
-            positions = not x.is_floating_point()
-            if positions == (self.what == "carry positions"):
-                gathered[: group.rank] = -7 if positions else 0
-            return gathered
+        def no_gather(message, group, kind):
+            return message.new_zeros(group.size, message.numel())
 
-        def no_scatter(ctx, grad):
-            return grad[ctx.group.rank], None, None
+        def no_scatter(rows, group, kind):
+            return rows[group.rank]
 
-        if self.what in ("halo", "halo adjoint"):
-            self.patch.setattr(comm, "_shift", no_halo)
-        if self.what in ("carry", "carry positions"):
-            self.patch.setattr(comm._Gather, "forward", staticmethod(no_gather))
-        if self.what == "carry adjoint":
-            self.patch.setattr(comm._Gather, "backward", staticmethod(no_scatter))
+        def just_left(message, *, shift):
+            part = arrived(message, shift=shift)
+            return replace(part, positions=part.positions.clamp(max=NOWHERE).where(part.positions < -LENGTH, -1))
+
+        def with_starts(change):
+            return lambda own, starts, group: scan(own, change(starts), group)
+
+        patches = {
+            "halo": (comm, "_shift", no_shift),
+            "scan": (comm, "_shift", no_shift),
+            "scan round 2": (comm, "_shift", no_shift),
+            "gather": (comm, "_reduce_scatter", no_scatter) if adjoint else (comm, "_all_gather", no_gather),
+            "gather positions": (exchange, "_from_wire", just_left),
+            "scan positions": (exchange, "_from_wire", just_left),
+            "scan keeps ended documents": (exchange, "_scan_earlier", with_starts(lambda x: x - LENGTH)),
+            "scan drops unended documents": (exchange, "_scan_earlier", with_starts(lambda x: x + LENGTH)),
+        }
+        if name:
+            self.patch.setattr(*patches[name])
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()
