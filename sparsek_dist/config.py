@@ -37,8 +37,12 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    source: str | None = None
+    """Folder or hub id of a pretrained model to go on from, dense or converted; its shape is then not set here."""
+    rope: Literal["keep", "linear", "yarn"] = "keep"
+    """How the rotary positions of `source` are stretched to a longer `data.sequence_length`, if at all."""
     type: Literal["llama"] = "llama"
-    """Architecture, by its `model_type` in transformers; built from its config, trained from scratch."""
+    """Architecture of a model from scratch, by its `model_type` in transformers."""
     hidden_size: int = 128
     """Width of the residual stream."""
     intermediate_size: int = 384
@@ -92,6 +96,18 @@ class AttentionConfig:
         """Newest tokens a query sees unconditionally; what a sequence-parallel shard must at least hold."""
         budget = self.num_selected + self.window
         return {"window": budget, "sink_window": budget - NUM_SINKS}.get(self.kind, self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    parameters: Literal["all", "scorer", "lora"] = "all"
+    """What learns: all weights, the scorers alone, or the scorers and low-rank updates (needs peft)."""
+    lora_rank: int = 16
+    """Rank of the updates."""
+    lora_alpha: int = 32
+    """The updates are scaled by lora_alpha / lora_rank."""
+    lora_layers: str = "all"
+    """Names of the linear layers that get one, as in `q_proj,v_proj`; `all` is every one in the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +191,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -217,9 +234,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     tree = OmegaConf.structured(Config)
     if path is not None:
         if not Path(path).is_file():
-            raise ConfigError(
-                f"{path}: no such configuration file (configs/ holds the ones that come with sparsek-dist)"
-            )
+            raise ConfigError(f"{path}: no such configuration file (configs/ holds those of sparsek-dist)")
         with _explained(str(path)):
             tree = OmegaConf.merge(tree, OmegaConf.load(path))
     _check_dotlist(overrides)

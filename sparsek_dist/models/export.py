@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from sparsek_dist.errors import CheckpointError
+from sparsek_dist.models.lora import merged
 
 ONE_FILE = "1000GB"
 """As `max_shard_size`: the weights stay one file."""
@@ -33,8 +34,10 @@ def export_model(
     """config.json, model.safetensors and the tokenizer, into an existing folder.
 
     Args:
-        state: the whole model's state on the CPU, where `model` itself may hold only a part of it (ZeRO-3).
+        state: the whole model's state on the CPU, where `model` itself may hold only a part of it (ZeRO-3), or has
+            low-rank updates, which are merged into the weights.
     """
+    state = None if state is None else merged(model, state)
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from sparsek_dist.config import AttentionConfig, attention_from
@@ -67,57 +68,65 @@ def sparsify(
     return model
 
 
-def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto", backend: str = "auto") -> PreTrainedModel:
     """A model that was saved with SPARSEK attention, bit for bit, in evaluation mode, on the CPU.
 
     Args:
         name: its folder, or its id on the hub.
         dtype: of the weights; `auto` is as saved.
+        backend: of the attention, as in config.AttentionConfig.
 
     Raises:
         CheckpointError: if it cannot be read, or its weights are not those of its config.json.
         ConfigError: if it is a dense model, or was saved by a newer version.
     """
     folder = fetch(name)
-    config, seed = saved_attention(folder)
-    model = load_dense(folder, dtype=dtype)
-    install(model, config, RankGroup(), seed=seed)
+    spec = read_spec(folder)
+    config, seed = saved_attention(spec, source=f"{folder}/config.json")
+    model = load_dense(folder, spec=spec, dtype=dtype)
+    install(model, attention_from(asdict(config) | {"backend": backend}, source="backend"), RankGroup(), seed=seed)
     load_scorers(model, folder)
     return model
 
 
-def saved_attention(folder: Path) -> tuple[AttentionConfig, int]:
-    """The attention that a folder's config.json describes, and the seed of its scores.
+def saved_attention(spec: PreTrainedConfig, *, source: str) -> tuple[AttentionConfig, int]:
+    """The attention that a model's config describes, and the seed of its scores.
+
+    Args:
+        source: names it in errors.
 
     Raises:
         ConfigError: if it has no such entry, or one that this version does not understand.
     """
-    entry = getattr(_spec(folder), "sparsek", None)
+    entry = getattr(spec, "sparsek", None)
     if entry is None:
-        raise ConfigError(
-            f"{folder} holds a dense model: its config.json has no `sparsek` entry. Convert it with `sparsek sparsify`"
-        )
+        raise ConfigError(f"{source} has no `sparsek` entry, so the model is dense: convert it with `sparsek sparsify`")
     if not isinstance(entry, dict) or entry.get("format") != FORMAT:
         raise ConfigError(
-            f"{folder}/config.json has a `sparsek` entry of another format than {FORMAT}: use the version that wrote it"
+            f"{source} has a `sparsek` entry of another format than {FORMAT}: use the version that wrote it"
         )
-    settings = {key: value for key, value in entry.items() if key not in ("format", "seed")}
-    return attention_from(settings, source=f"{folder}/config.json"), int(entry["seed"])
+    settings = {key: value for key, value in entry.items() if key not in ("format", "seed", "backend")}
+    return attention_from(settings, source=source), int(entry["seed"])
 
 
-def is_sparsek(folder: Path) -> bool:
-    """Whether a folder's config.json says that the model has SPARSEK attention."""
-    return getattr(_spec(folder), "sparsek", None) is not None
+def is_sparsek(spec: PreTrainedConfig) -> bool:
+    """Whether a model's config says that it has SPARSEK attention."""
+    return getattr(spec, "sparsek", None) is not None
 
 
-def load_dense(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """The model of a folder with the attention it was trained with; scorers are left where they are.
+def load_dense(
+    folder: Path, *, spec: PreTrainedConfig | None = None, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """The model of a folder with dense attention, in evaluation mode; scorers are left where they are.
+
+    Args:
+        spec: its config, where that is not to be as saved.
 
     Raises:
         ConfigError: for an architecture that SPARSEK does not fit.
         CheckpointError: if the weights are missing, not safetensors, or not those of the architecture.
     """
-    spec = _spec(folder)
+    spec = read_spec(folder) if spec is None else spec
     with _quiet():
         try:
             model, told = AutoModelForCausalLM.from_pretrained(
@@ -185,8 +194,13 @@ def _stored_scorers(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, file.get_tensor(name)
 
 
-def _spec(folder: Path) -> Any:
-    """transformers' config of a folder, of a supported family."""
+def read_spec(folder: Path) -> PreTrainedConfig:
+    """transformers' config of a folder.
+
+    Raises:
+        CheckpointError: if it has none that transformers knows.
+        ConfigError: for a family that SPARSEK does not fit.
+    """
     try:
         spec = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
