@@ -61,7 +61,8 @@ def sparsek_attention(
     check_finite(scores)
     starts = document_starts(document_ids, query)
     support = DEFAULT_SUPPORT_RATIO * num_selected if support is None else support
-    if resolve(backend, query.device) == "reference":
+    chosen = resolve(backend, query, key.shape[2])
+    if chosen == "reference":
         return attention_reference(
             query,
             key,
@@ -76,7 +77,11 @@ def sparsek_attention(
         )
     # No token has more than s candidates, so a larger k or S selects the same: keep the tables small.
     s = query.shape[1]
-    carry = empty_carry(key, _precise(scores), num_selected=min(num_selected, s), support=min(support, s))
+    num_selected, support = min(num_selected, s), min(support, s)
+    if chosen == "triton":
+        nothing = empty_carry(key, _precise(scores), num_selected=0, support=0)
+        return _run_triton(query, key, value, scores, nothing, starts, num_selected, window, support, gate, scale)
+    carry = empty_carry(key, _precise(scores), num_selected=num_selected, support=support)
     pad = (0, 0, 0, 0, window - 1, 0)
     return _run(query, F.pad(key, pad), F.pad(value, pad), F.pad(scores, pad[2:]), carry, starts, window, gate, scale)
 
@@ -116,8 +121,13 @@ def shard_attention(
         gate=gate,
         halo=window - 1,
     )
-    if resolve(backend, query.device) == "reference":
+    chosen = resolve(backend, query, key.shape[2])
+    if chosen == "reference":
         raise ValueError("backend = 'reference' works on whole sequences only: use 'auto' or 'torch' for shards")
+    if chosen == "triton":
+        return _run_triton(
+            query, key, value, scores, carry, document_start, num_selected, window, support, gate, scale
+        )
     return _run(query, key, value, scores, carry, document_start, window, gate, scale)
 
 
@@ -137,6 +147,37 @@ def _run(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shape = Shape(num_selected, window, support, gate, scale, chunk_size)
     return chunked_attention(query, key, value, _precise(scores), document_start, carry, shape)
+
+
+def _run_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    carry: Carry,
+    document_start: Tensor,
+    num_selected: int,
+    window: int,
+    support: int,
+    gate: str,
+    scale: float | None,
+) -> Tensor:
+    # Imported here, as triton exists for few platforms and nothing else needs it.
+    from sparsek_kernels.gpu.ops import attention
+
+    return attention(
+        query,
+        key,
+        value,
+        _precise(scores),
+        carry,
+        document_start,
+        num_selected=num_selected,
+        window=window,
+        support=support,
+        gate=gate,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    )
 
 
 def _precise(scores: Tensor) -> Tensor:

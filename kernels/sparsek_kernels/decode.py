@@ -8,8 +8,8 @@ anew (the k and S best of a prefix are those of the shorter prefix and one more)
 
 from __future__ import annotations
 
-import os
-from typing import get_args
+import functools
+import logging
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from sparsek_kernels.decode_state import (
     state_bytes,
     with_ring,
 )
-from sparsek_kernels.dispatch import Backend
+from sparsek_kernels.dispatch import resolve
 from sparsek_kernels.threshold import solve_threshold
 
+logger = logging.getLogger(__name__)
 __all__ = ["DecodeState", "decode_step", "empty_state", "extend", "prefill", "reorder", "state_bytes"]
 
 
@@ -134,20 +135,24 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, state: Dec
 
 def _implementation(backend: str, query: Tensor, state: DecodeState) -> str:
     """`triton` or `torch`."""
-    if backend == "torch":
-        return backend
-    if backend not in get_args(Backend) or backend == "reference":
-        raise ValueError(f"backend = {backend!r} must be auto, triton or torch for decoding")
-    if not query.is_cuda and (backend == "auto" or os.environ.get("TRITON_INTERPRET") != "1"):
-        if backend == "triton":
-            raise ValueError(f"backend = 'triton' needs a CUDA device, query is on {query.device}: use 'torch'")
-        return "torch"
-    from sparsek_kernels.gpu.decode import why_not
+    chosen = resolve(backend, query, state.key.shape[1])
+    if chosen == "reference":
+        raise ValueError("backend = 'reference' works on whole sequences only: use 'auto', 'triton' or 'torch'")
+    if chosen == "triton":
+        from sparsek_kernels.gpu.decode import why_not
 
-    reason = why_not(query, state)
-    if reason and backend == "triton":
-        raise ValueError(f"backend = 'triton' cannot run: {reason}; use 'torch'")
-    return "torch" if reason else "triton"
+        hindrance = why_not(query, state)
+        if hindrance and backend == "triton":
+            raise ValueError(f"backend = 'triton' cannot run: {hindrance}; use 'auto' or 'torch'")
+        if hindrance:
+            _say_once(hindrance)
+            return "torch"
+    return chosen
+
+
+@functools.cache
+def _say_once(hindrance: str) -> None:
+    logger.info("SPARSEK decoding: the torch implementation (%s)", hindrance)
 
 
 def _enter(key: Tensor, value: Tensor, scores: Tensor, state: DecodeState) -> None:

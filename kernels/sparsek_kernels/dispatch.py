@@ -3,31 +3,67 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 logger = logging.getLogger(__name__)
 
+WIDEST_HEAD, MOST_GROUPED, MOST_HEADS = 256, 64, 65535
+"""Limits of the Triton kernels: d, G = h / g, and b * g (a grid's second axis)."""
 
-def resolve(backend: str, device: torch.device) -> str:
-    """The implementation behind `backend` on this device.
+
+def resolve(backend: str, query: Tensor, num_kv_heads: int) -> str:
+    """The implementation behind `backend` for queries [b, s, h, d] of this dtype on this device.
 
     Raises:
         ValueError: for a name that does not exist, or an explicit choice that cannot be honoured here.
     """
     if backend not in ("auto", "triton", "torch", "reference"):
         raise ValueError(f"backend = {backend!r} must be auto, triton, torch or reference")
+    if backend not in ("auto", "triton"):
+        return _say(backend, query.device.type, "as asked")
+    hindrance = why_not_triton(query, num_kv_heads)
+    if hindrance is None and (backend == "triton" or query.device.type == "cuda"):
+        return _say("triton", query.device.type, "as asked" if backend == "triton" else "the fastest here")
     if backend == "triton":
-        raise ValueError("backend = 'triton' is not part of this version: use 'auto' or 'torch'")
-    return _say(backend, device.type)
+        raise ValueError(f"backend = 'triton' cannot run here: {hindrance}; use 'auto' or 'torch'")
+    return _say("torch", query.device.type, hindrance or "Triton's interpreter runs only where it is asked for")
+
+
+def why_not_triton(query: Tensor, num_kv_heads: int) -> str | None:
+    """What keeps the Triton kernels from running on these queries, in words; None if nothing does."""
+    b, _, h, d = query.shape
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if query.device.type != "cuda" and not interpreted:
+        return f"the tensors are on {query.device.type}, and Triton compiles for CUDA devices"
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, *((torch.float64,) if interpreted else ()))
+    if query.dtype not in dtypes:
+        return f"the tensors are {query.dtype}, the kernels take bfloat16, float16 and float32"
+    if d > WIDEST_HEAD:
+        return f"heads are {d} wide, the kernels take at most {WIDEST_HEAD}"
+    if h // num_kv_heads > MOST_GROUPED:
+        return f"{h // num_kv_heads} query heads share a KV head, the kernels take at most {MOST_GROUPED}"
+    if b * num_kv_heads > MOST_HEADS:
+        return f"batch x KV heads is {b * num_kv_heads}, the kernels take at most {MOST_HEADS}"
+    return None
+
+
+def _say(chosen: str, device: str, reason: str) -> str:
+    if not torch.compiler.is_compiling():
+        _log_once(chosen, device, reason)
+    return chosen
 
 
 @functools.cache
-def _say(backend: str, device: str) -> str:
-    chosen = "torch" if backend == "auto" else backend
-    reason = "this version has no Triton kernels" if backend == "auto" else "as asked"
+def _log_once(chosen: str, device: str, reason: str) -> None:
     logger.info("SPARSEK attention on %s: the %s implementation (%s)", device, chosen, reason)
-    return chosen

@@ -264,7 +264,7 @@ def test_errors_name_what_is_wrong() -> None:
         prefill(**without_query(one), **sizes_of(case), document_start=torch.zeros(case.b + 1).long())
     with pytest.raises(ValueError, match="support = 6"):
         prefill(**without_query(one), **(sizes_of(case) | {"support": 6}))
-    for backend, message in (("reference", "for decoding"), ("fast", "must be")):
+    for backend, message in (("reference", "whole sequences"), ("fast", "must be")):
         with pytest.raises(ValueError, match=message):
             decode_step(**one, state=state, gate="value", backend=backend)
     assert int(state.length.max()) == 0

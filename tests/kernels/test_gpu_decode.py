@@ -126,7 +126,7 @@ def test_a_score_that_is_no_number_shows() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
 def test_backend_triton_runs_in_the_interpreter_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case("gpu_backend", num_selected=4, window=3, b=1, d=8)
+    case = Case("gpu_backend", num_selected=4, window=3, b=1, h=4, g=2, d=8)
     tail, found, expected = two_equal_states(case, 20)
     one = {name: x[:, :1] for name, x in tail.items()}
     called = []
@@ -138,8 +138,12 @@ def test_backend_triton_runs_in_the_interpreter_when_asked(monkeypatch: pytest.M
     assert called
     assert_same_past(found, expected)
     with pytest.raises(ValueError, match="float64"):
-        wide = empty_state(1, 1, 8, **sizes_of(case), dtype=torch.float64, device="cpu")
+        wide = empty_state(1, 2, 8, **sizes_of(case), dtype=torch.float64, device="cpu")
         decode_step(**{n: x.double() for n, x in one.items()}, state=wide, gate="value", backend="triton")
+    with pytest.raises(ValueError, match="support = 20000"):
+        sizes = sizes_of(case) | {"support": 20_000}
+        large = empty_state(1, 2, 8, **sizes, dtype=torch.float32, device="cpu")
+        decode_step(**one, state=large, gate="value", backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="CUDA"):
         decode_step(**one, state=found, gate="value", backend="triton")

@@ -73,11 +73,13 @@ def test_extreme_float32(top: float) -> None:
     assert_equal(scores, 2)
 
 
-def test_many_entries_just_above_a_corner() -> None:
-    # Newton's first steps from the wrong side are tiny here; stopping at one would leave tau off.
-    scores = torch.cat([torch.tensor([1.0]), torch.full((40,), 0.2) + 1e-9 * torch.arange(40), torch.zeros(7)])
-    for k in (1, 2, 5):
-        assert_equal(scores.double().to(DEVICE)[None], k)
+def test_a_tiny_newton_step_from_the_wrong_piece_is_not_the_end() -> None:
+    # The search starts 1e-8 below 40 equal entries, where f is steep; tau lies 1e-5 above them, where it is not.
+    corner, tau = -0.5 + 1e-8, -0.5 + 1e-8 + 1e-5
+    half = (1 + tau) / 2 + tau
+    scores = torch.tensor([0.0, half, half, *[corner] * 40], dtype=torch.float64, device=DEVICE)
+    assert_equal(scores[None], 1)
+    torch.testing.assert_close(kernel.project(scores, 1)[0], scores.new_tensor(-tau), rtol=0, atol=1e-12)
 
 
 def test_lower_precision() -> None:

@@ -32,7 +32,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, fractional_until: Tensor, num_fractional: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, scores [b, t, g], carried keys, values, and scores."""
     b, s, h, d, t, g, support = call.sizes
     gate = "value" if call.gate == "straight_through" else call.gate
@@ -54,9 +54,10 @@ def backward(
         grad_query,
         grad_key,
         grad_value,
-        grad_u[..., support:].transpose(1, 2),
-        *carried,
-        grad_u[..., :support].contiguous(),
+        grad_u[..., support:].transpose(1, 2).clone(memory_format=torch.contiguous_format),
+        carried[0],
+        carried[1],
+        grad_u[..., :support].clone(),
     )
 
 
@@ -72,7 +73,7 @@ def _grad_keys(
     empty = {"dtype": lse.dtype, "device": lse.device}
     grad_key, grad_value = (torch.empty(b, t, g, d, dtype=call.key.dtype, device=lse.device) for _ in range(2))
     grad_u = torch.zeros(b, g, support + t, **empty)
-    carried = torch.zeros(2, b * g, num_carried, d, **empty)
+    carried = [torch.zeros(b * g, num_carried, d, **empty) for _ in range(2)]
     heads = max(1, min(b * g, ROWS_BYTES // (2 * layout.num_rows * d * lse.element_size())))
     rows_key, rows_value = torch.empty(2, heads * layout.num_rows, d, **empty)
     rows_u = torch.empty(heads * layout.num_rows, **empty)

@@ -74,19 +74,31 @@ def _attend(
 
 
 @triton.jit
-def _combine(partial_out, partial_norm, g, d, filled, splits, G: tl.constexpr, D: tl.constexpr):
-    """The output of one KV head from parts [splits, G, D] and [splits, 2, G], written by other programs."""
-    highest = tl.full(g.shape, -1e30, tl.float32)
-    norm = tl.zeros(g.shape, tl.float32)
-    total = tl.zeros([g.shape[0], d.shape[0]], tl.float32)
-    for part in range(splits):
-        at = part * G
-        other = tl.load(partial_norm + 2 * at + g, mask=g < G, other=-1e30, cache_modifier=".cg")
-        other_norm = tl.load(partial_norm + 2 * at + G + g, mask=g < G, other=0.0, cache_modifier=".cg")
-        sums = tl.load(partial_out + (at + g)[:, None] * D + d[None, :], mask=filled, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(highest, other)
-        norm = norm * tl.exp2(highest - higher) + other_norm * tl.exp2(other - higher)
-        total = total * tl.exp2(highest - higher)[:, None] + sums * tl.exp2(other - higher)[:, None]
+def _combine(
+    partial_out, partial_norm, splits,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The output [BLOCK_H, BLOCK_D] of one KV head from parts [splits, G, D] and [splits, 2, G] of other programs."""
+    p, g, d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    highest = tl.full([BLOCK_H], -1e30, tl.float32)
+    norm = tl.zeros([BLOCK_H], tl.float32)
+    total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for begin in range(0, splits, BLOCK_P):
+        part = begin + p
+        exists = (part < splits)[:, None] & (g < G)[None, :]
+        at = part[:, None] * (2 * G) + g[None, :]
+        peaks = tl.load(partial_norm + at, mask=exists, other=-1e30, cache_modifier=".cg")
+        norms = tl.load(partial_norm + at + G, mask=exists, other=0.0, cache_modifier=".cg")
+        row = part[:, None] * G + g[None, :]
+        filled = exists[:, :, None] & (d < D)[None, None, :]
+        sums = tl.load(
+            partial_out + row[:, :, None] * D + d[None, None, :], mask=filled, other=0.0, cache_modifier=".cg"
+        )
+        higher = tl.maximum(highest, tl.max(peaks, 0))
+        shrink = tl.exp2(highest - higher)
+        share = tl.exp2(peaks - higher[None, :])
+        norm = norm * shrink + tl.sum(norms * share, 0)
+        total = total * shrink[:, None] + tl.sum(sums * share[:, :, None], 0)
         highest = higher
     # Rows beyond the group have a norm of 0.
     return total / tl.where(norm > 0.0, norm, 1.0)[:, None]
@@ -100,7 +112,8 @@ def _step(
     query_b, query_h, key_b, key_g, value_b, value_g, scores_b, scores_g,
     W: tl.constexpr, K: tl.constexpr, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr, GATE_VALUE: tl.constexpr, GATE_KEY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    GATE_VALUE: tl.constexpr, GATE_KEY: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % splits
     head = (tl.program_id(0) // splits).to(tl.int64)
@@ -139,11 +152,13 @@ def _step(
     tl.store(partial_norm + 2 * at + G + g, norm, mask=g < G)
     tl.debug_barrier()  # All threads have written, and read the old state, before one of them says so.
     if tl.atomic_add(arrivals + kv_head, 1, sem="acq_rel") == splits - 1:
-        total = _combine(partial_out, partial_norm, g, d, filled, splits, G, D)
+        result = _combine(partial_out, partial_norm, splits, G, D, BLOCK_H, BLOCK_D, BLOCK_P)
         score = tl.load(scores + row * scores_b + kv_head * scores_g).to(tl.float32)
         # A score that is no number must not pass unseen.
-        total = tl.where(tl.abs(score) < float("inf"), total, float("nan"))
-        tl.store(out + (row * num_kv_heads * G + heads)[:, None] * D + d[None, :], total, mask=filled)
+        result = tl.where(tl.abs(score) < float("inf"), result, float("nan"))
+        own = tl.arange(0, BLOCK_H)
+        target = out + (row * num_kv_heads + kv_head) * G * D + own[:, None] * D + d[None, :]
+        tl.store(target, result, mask=(own < G)[:, None] & (d < D)[None, :])
         score = tl.where(score == 0.0, 0.0, score)  # no -0.0
         update(
             key, value, score, old_key, old_value, old_scores, selected_positions, support_scores, support_positions,
@@ -178,18 +193,22 @@ def cut(heads: int, rows: int, processors: int, block: int) -> tuple[int, int]:
 def constants(state: DecodeState, query: Tensor, gate: str) -> dict[str, int | bool]:
     """The kernel's compile-time sizes."""
     g, d = state.key.shape[1], state.key.shape[3]
+    group, width = query.shape[2] // g, max(16, triton.next_power_of_2(d))
     gated = gate in ("value", "key_value") and state.num_selected > 0
     return {
         "W": state.window,
         "K": state.num_selected,
         "S": state.support,
-        "G": query.shape[2] // g,
+        "G": group,
         "D": d,
-        "BLOCK_G": max(16, triton.next_power_of_2(query.shape[2] // g)),
-        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "BLOCK_G": max(16, triton.next_power_of_2(group)),
+        "BLOCK_D": width,
         "BLOCK_K": triton.next_power_of_2(max(state.num_selected, 1)),
         "BLOCK_S": triton.next_power_of_2(max(state.support, 1)),
         "BLOCK_N": 64 if d <= 128 else 32,
+        "BLOCK_H": triton.next_power_of_2(group),
+        # Parts that are added at once: what 4 warps hold in 64 registers.
+        "BLOCK_P": max(1, 8192 // (triton.next_power_of_2(group) * width)),
         "GATE_VALUE": gated,
         "GATE_KEY": gated and gate == "key_value",
     }

@@ -98,22 +98,24 @@ def update(
     W: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes the state of one KV head; key and value point at the new token's, the others at the head's tables."""
-    d = tl.arange(0, BLOCK_D)
+    d, index = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
     candidate = tl.load(old_scores + slot)
+    support = tl.load(support_scores + index, mask=index < S, other=float("inf"))
+    leaving_key = tl.load(old_key + slot * D + d, mask=d < D)
+    leaving_value = tl.load(old_value + slot * D + d, mask=d < D)
+    new_key, new_value = tl.load(key + d, mask=d < D), tl.load(value + d, mask=d < D)
     if admitted:
         target = (W + evicted) * D + d
-        tl.store(old_key + target, tl.load(old_key + slot * D + d, mask=d < D), mask=d < D)
-        tl.store(old_value + target, tl.load(old_value + slot * D + d, mask=d < D), mask=d < D)
+        tl.store(old_key + target, leaving_key, mask=d < D)
+        tl.store(old_value + target, leaving_value, mask=d < D)
         tl.store(old_scores + W + evicted, candidate)
         tl.store(selected_positions + evicted, leaving)
     if S > 0:
-        index = tl.arange(0, BLOCK_S)
-        support = tl.load(support_scores + index, mask=index < S, other=float("inf"))
         lowest, worst = _worst(support, support_positions, index)
         if exists & (candidate >= lowest):
             tl.store(support_scores + worst, candidate)
             tl.store(support_positions + worst, leaving)
     tl.debug_barrier()
-    tl.store(old_key + slot * D + d, tl.load(key + d, mask=d < D), mask=d < D)
-    tl.store(old_value + slot * D + d, tl.load(value + d, mask=d < D), mask=d < D)
+    tl.store(old_key + slot * D + d, new_key, mask=d < D)
+    tl.store(old_value + slot * D + d, new_value, mask=d < D)
     tl.store(old_scores + slot, score)

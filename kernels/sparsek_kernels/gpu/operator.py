@@ -54,7 +54,7 @@ def _kth_best(scores, n, k, BLOCK: tl.constexpr, WIDE: tl.constexpr):
             least_above = tl.minimum(least_above, tl.min(tl.where(above, order, LAST), 0))
             most_below = tl.maximum(most_below, tl.max(tl.where(exists & (order < middle), order, -LAST - 1), 0))
         low = tl.where(count >= k, least_above, low)
-        high = tl.where(count > k, high, tl.where(count == k, least_above, most_below))
+        high = tl.where(count > k, high, most_below)  # below `low` if exactly k are above: found
     return _ordered(low).to(tl.float64 if WIDE else tl.float32, bitcast=True)
 
 

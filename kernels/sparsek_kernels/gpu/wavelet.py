@@ -136,7 +136,7 @@ def _descend_level(
     out = (row * levels + level) * length + at
     descends = inside & (level < levels)
     tl.store(zeros + out, num_better, mask=descends)
-    # Level 0 is never summed over: its place is where level 1 would be were it level 0, so each is kept one lower.
+    # Nobody needs the sums of level 0: those of level l are kept in place l - 1.
     tl.store(sums + out - length, running, mask=inside & (level > 0))
     node = at & -size
     in_better = node + num_better - (node - segment) // 2
