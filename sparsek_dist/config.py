@@ -178,6 +178,8 @@ class TrainConfig:
     """Held-out contexts per evaluation; 0 for all."""
     observe_every: int = 100
     """Steps between pictures and statistics of the selection; 0 for never."""
+    compare_every: int = 100
+    """Steps between comparisons of all parameters over all ranks, bit for bit; 0 for never."""
     save_every: int = 100
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2

@@ -45,7 +45,8 @@ from sparsek_dist.training.manifest import (
     write_durably,
     write_manifest,
 )
-from sparsek_dist.training.rng import load_random_state, save_random_state
+from sparsek_dist.training.resize import load_resized
+from sparsek_dist.training.rng import load_random_state, save_random_state, seed_random_state
 from sparsek_dist.training.together import barrier, gather_objects, together
 
 logger = logging.getLogger(__name__)
@@ -118,13 +119,22 @@ class Checkpoints:
         Raises:
             CheckpointError: if this rank's part is not there.
         """
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
-        with together(self._mesh.world):
+        state, world = read_state(checkpoint), self._mesh.world
+        resized = state.world_size != world.size
+        if resized:
+            loaded = load_resized(engine, checkpoint, ENGINE, world)
+        else:
+            loaded, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
+        with together(world):
             if loaded is None:
                 raise CheckpointError(f"{checkpoint}: DeepSpeed finds nothing in {ENGINE}/: continue from an older one")
-            load_random_state(self._random_file(checkpoint), engine.device)
-        state = read_state(checkpoint)
-        logger.info(f"continuing from {checkpoint} after step {state.step}")
+            if resized:
+                # There is one random state per rank of then, which cannot be shared out among those of now.
+                seed_random_state(self._config.run.seed, world.rank, state.step)
+            else:
+                load_random_state(self._random_file(checkpoint), engine.device)
+        was = f", made by {state.world_size} processes and continued by {world.size}" if resized else ""
+        logger.info(f"continuing from {checkpoint} after step {state.step}{was}")
         return Position(state.step, state.tokens)
 
     def save(self, engine: Any, position: Position) -> Path:

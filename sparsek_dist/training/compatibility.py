@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,22 @@ FREE_TO_CHANGE = frozenset(
         "train.eval_every",
         "train.eval_sequences",
         "train.observe_every",
+        "train.compare_every",
         "train.save_every",
         "train.keep_checkpoints",
         "train.resume",
         "data.cache",
+        "parallel.exchange",
         "parallel.timeout_minutes",
     }
 )
 """Settings that a resumed run may change: none of them enters the next step. (`train.steps` moves the end of the
 learning rate's cosine, which is what someone who asks for more steps wants.)"""
+
+
+RESIZABLE = frozenset({"parallel.sequence_degree", "train.micro_batch_size", "train.accumulation_steps"})
+"""Settings that a resumed run may change together with the number of processes, as long as every optimizer step still
+trains on as many contexts: who computes what changes then, not what is computed."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def read_state(checkpoint: Path) -> State:
 
 
 def check_compatible(checkpoint: Path, state: State, config: Config, world_size: int) -> None:
-    """Refuses to continue a run with other settings, or with another number of processes.
+    """Refuses to continue a run with other settings, or with processes that would train on other contexts per step.
 
     Raises:
         CheckpointError: listing every difference as `key: then -> now`.
@@ -82,10 +90,18 @@ def check_compatible(checkpoint: Path, state: State, config: Config, world_size:
             + "\n  ".join(changed)
             + "\nGive the old values to continue it, or another run.name to start afresh"
         )
-    if state.world_size != world_size:
+    then, now = _sequences_per_step(state), config.sequences_per_step(world_size)
+    if then != now:
         raise CheckpointError(
-            f"{checkpoint} was made by {state.world_size} processes and cannot be continued by {world_size}: start "
-            f"{state.world_size} processes, or choose another run.name to start afresh"
+            f"{checkpoint} trains on {then} contexts per optimizer step, but {world_size} processes with "
+            f"parallel.sequence_degree = {config.parallel.sequence_degree}, train.micro_batch_size = "
+            f"{config.train.micro_batch_size} and train.accumulation_steps = {config.train.accumulation_steps} make "
+            f"{now}: change these to make {then}, or choose another run.name to start afresh"
+        )
+    if state.world_size != world_size and config.parallel.zero_stage > 0 and config.optimizer.name != "adamw":
+        raise CheckpointError(
+            f"{checkpoint} was made by {state.world_size} processes, and DeepSpeed cannot divide the state of "
+            f"optimizer.name = {config.optimizer.name} anew: start {state.world_size} processes"
         )
     if state.step > config.train.steps:
         raise CheckpointError(
@@ -94,9 +110,14 @@ def check_compatible(checkpoint: Path, state: State, config: Config, world_size:
         )
 
 
+def _sequences_per_step(state: State) -> int:
+    degree, *factors = (state.settings[key] for key in sorted(RESIZABLE))
+    return state.world_size // degree * math.prod(factors)
+
+
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`key: then -> now` for every setting that differs and must not."""
-    keys = sorted((set(then) | set(now)) - FREE_TO_CHANGE)
+    keys = sorted((set(then) | set(now)) - FREE_TO_CHANGE - RESIZABLE)
     # Through JSON, as what was saved went: tuples become lists.
     shown = [(key, _shown(then, key), _shown(json.loads(json.dumps(now)), key)) for key in keys]
     return [f"{key}: {old} -> {new}" for key, old, new in shown if old != new]

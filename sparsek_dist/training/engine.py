@@ -7,6 +7,7 @@ world size on all four, which parallel/loss.py undoes. tests/training/test_gradi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import deepspeed
@@ -94,22 +95,30 @@ def _gradient_norm(model: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients)
 
 
+def whole_parameters(engine: Any) -> Iterator[nn.Parameter]:
+    """The model's parameters in order, each whole while it is looked at. Every rank must go through all of them.
+
+    On ZeRO-3 they are gathered one at a time, so that no rank ever holds more than one whole parameter on its device.
+    """
+    partitioned = engine.zero_optimization_stage() == 3
+    for parameter in engine.module.parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+            yield parameter
+
+
 def gather_weights(engine: Any, mesh: Mesh) -> dict[str, Tensor]:
     """The whole model's state on the CPU of rank 0, {} elsewhere. Every rank must call it.
 
-    Parameters that share memory share it here too. On ZeRO-3 they are gathered one at a time, so that no rank ever
-    holds more than one whole parameter on its device.
+    Parameters that share memory share it here too.
     """
-    model, partitioned = engine.module, engine.zero_optimization_stage() == 3
     on_cpu: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
-            if mesh.is_main:
-                on_cpu[id(parameter)] = parameter.detach().to("cpu", copy=True)
+    for parameter in whole_parameters(engine):
+        if mesh.is_main:
+            on_cpu[id(parameter)] = parameter.detach().to("cpu", copy=True)
     if not mesh.is_main:
         return {}
     # keep_vars: the entries are then the parameters themselves, not views with other identities.
-    state = model.state_dict(keep_vars=True)
+    state = engine.module.state_dict(keep_vars=True)
     return {name: on_cpu[id(value)] if id(value) in on_cpu else value.detach().cpu() for name, value in state.items()}
 
 

@@ -17,6 +17,7 @@ from sparsek_dist.parallel.comm import all_reduce_sum
 from sparsek_dist.parallel.loss import engine_loss, loss_sum, step_targets
 from sparsek_dist.parallel.mesh import Mesh
 from sparsek_dist.training.checkpoint import Checkpoints, Position
+from sparsek_dist.training.checksum import require_equal_parameters
 from sparsek_dist.training.engine import optimizer_step
 from sparsek_dist.training.metrics import MetricsLog, peak_memory
 from sparsek_dist.training.optim import learning_rate, set_learning_rate
@@ -87,6 +88,7 @@ def fit(run: Run, start: Position) -> dict[str, float]:
 
     Raises:
         NumericsError: if the loss or the gradient is not finite; what was saved before stays.
+        PeerError: if ranks no longer hold the same parameters.
     """
     train, position, held_out = run.config.train, start, {}
     run.progress.start(start.step)
@@ -95,6 +97,8 @@ def fit(run: Run, start: Position) -> dict[str, float]:
         batches = micro_batches(run.loader, step, run.config, run.mesh, run.engine.device)
         outcome = train_step(run.engine, batches, step, run.config, run.mesh)
         position = position.after(outcome.tokens)
+        if _due(train.compare_every, position.step):
+            require_equal_parameters(run.engine, run.mesh.world, position.step)
         record = _record(run, position, outcome, time.perf_counter() - began)
         if _due(train.observe_every, position.step):
             record |= _observe(run, batches[0], position.step)

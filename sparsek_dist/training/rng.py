@@ -54,3 +54,11 @@ def load_random_state(path: Path, device: torch.device) -> None:
     numpy.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["torch_cuda"], device)
+
+
+def seed_random_state(seed: int, rank: int, step: int) -> None:
+    """New streams for every rank, of which none is that of another rank or step."""
+    mixed = int(numpy.random.SeedSequence((seed, rank, step)).generate_state(1)[0])
+    random.seed(mixed)
+    numpy.random.seed(mixed)
+    torch.manual_seed(mixed)

@@ -69,7 +69,7 @@ def _measure(rank: int, world_size: int) -> dict[str, dict]:
     return results
 
 
-@pytest.fixture(scope="module", params=[3, 4])
+@pytest.fixture(scope="module", params=[3, pytest.param(4, marks=pytest.mark.slow)])
 def by_rank(request) -> list[dict]:
     return run_distributed(_measure, request.param)
 

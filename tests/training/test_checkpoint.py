@@ -361,16 +361,25 @@ def test_free_settings_may_change(saved) -> None:
     assert _checkpoints(saved, config).find().name == "step-00000002"
 
 
-def test_world_size_is_part_of_it(saved) -> None:
+def test_contexts_per_step_are_part_of_it(saved) -> None:
     file = saved / "checkpoints" / "step-00000002" / "state.json"
-    state = json.loads(file.read_text())
     from sparsek_dist.training.compatibility import check_compatible, read_state
 
-    assert state["world_size"] == 1
-    with pytest.raises(CheckpointError, match="start 1 processes"):
-        check_compatible(file.parent, read_state(file.parent), _config(), 2)
+    state = read_state(file.parent)
+    assert state.world_size == 1
+    with pytest.raises(CheckpointError, match=r"1 contexts per optimizer step, but 2 processes.* make 2: change these"):
+        check_compatible(file.parent, state, _config(), 2)
+    shared = replace(_config(), parallel=replace(_config().parallel, sequence_degree=2))
+    check_compatible(file.parent, state, shared, 2)
+    sgd = replace(shared, optimizer=replace(shared.optimizer, name="sgd"))
+    then = replace(state, settings=state.settings | {"optimizer.name": "sgd"})
+    check_compatible(file.parent, then, sgd, 2)
+    stage_1 = replace(sgd, parallel=replace(sgd.parallel, zero_stage=1))
+    then = replace(then, settings=then.settings | {"parallel.zero_stage": 1})
+    with pytest.raises(CheckpointError, match=r"optimizer\.name = sgd anew: start 1 processes"):
+        check_compatible(file.parent, then, stage_1, 2)
     with pytest.raises(CheckpointError, match=r"raise train\.steps"):
-        check_compatible(file.parent, read_state(file.parent), _config(steps=1), 1)
+        check_compatible(file.parent, state, _config(steps=1), 1)
 
 
 def test_full_disk_is_told_before_writing(saved, monkeypatch) -> None:

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsek_dist.errors import NumericsError
+from sparsek_dist.errors import NumericsError, PeerError
 from sparsek_dist.parallel.mesh import Mesh, build_mesh
 from sparsek_dist.training import loop
 from sparsek_dist.training.checkpoint import Position
+from sparsek_dist.training.checksum import checksum
 from sparsek_dist.training.loop import Run, StepOutcome, fit, micro_batches, train_step
 from tests.distributed import run_distributed
 from tests.training.toys import ToyLoader, ToyModel, seeded_model, toy_config
@@ -63,6 +64,43 @@ def test_not_finite_on_one_rank_stops_all() -> None:
                 assert unchanged, f"stage {stage} took a step with a NaN loss"
 
 
+def _compare_on_ranks(rank: int, world_size: int) -> list:
+    from sparsek_dist.training.checksum import require_equal_parameters
+    from sparsek_dist.training.engine import build_engine
+
+    mesh, told = build_mesh(2, timeout=timedelta(seconds=30)), []
+    for stage in STAGES:
+        config = toy_config(zero_stage=stage, sequence_degree=2)
+        engine = build_engine(seeded_model(), config, mesh)
+        train_step(engine, micro_batches(ToyLoader(config), 0, config, mesh, engine.device), 0, config, mesh)
+        require_equal_parameters(engine, mesh.world, 1)
+        # On stage 3 a rank holds no copy that could differ: only a part that all take from it.
+        if stage < 3:
+            if rank == 1:
+                with torch.no_grad():
+                    weight = engine.module.hidden.weight
+                    weight[3, 2] = torch.nextafter(weight[3, 2], weight.new_tensor(9.0))
+            try:
+                require_equal_parameters(engine, mesh.world, 1)
+            except PeerError as error:
+                told.append(str(error))
+        engine.destroy()
+    return told
+
+
+def test_one_bit_of_one_rank_is_noticed_by_all() -> None:
+    first, second = run_distributed(_compare_on_ranks, 2, timeout=90)
+    assert first == second and len(first) == 3
+    assert all("1 of 5 parameters differ" in told and "hidden.weight" in told and "ranks [1]" in told for told in first)
+
+
+def test_checksum_sees_bits_and_order() -> None:
+    x = torch.tensor([1.0, 2.0, -0.0])
+    assert len({int(checksum(y)) for y in (x, x.flip(0), -x, x.bfloat16(), x + 0.0)}) == 5
+    assert checksum(x) == checksum(x.clone().view(3, 1))
+    assert checksum(torch.randn(3, 5, dtype=torch.float64).T).dtype == torch.int64
+
+
 def _fit(monkeypatch, start: int = 0, **train) -> list[str]:
     """What `fit` does in which order, with everything around it replaced by notes."""
     notes: list[str] = []
@@ -79,6 +117,7 @@ def _fit(monkeypatch, start: int = 0, **train) -> list[str]:
         return lambda *args: notes.append(word)
 
     monkeypatch.setattr(loop, "train_step", take_step)
+    monkeypatch.setattr(loop, "require_equal_parameters", note("compare"))
     config = toy_config(**train)
     result = fit(
         Run(
@@ -99,10 +138,10 @@ def _fit(monkeypatch, start: int = 0, **train) -> list[str]:
 
 
 def test_order(monkeypatch) -> None:
-    assert _fit(monkeypatch, steps=3, observe_every=2, eval_every=2, save_every=2) == [
+    assert _fit(monkeypatch, steps=3, observe_every=2, eval_every=2, save_every=2, compare_every=2) == [
         "start",
         *["step 1", "log"],
-        *["step 2", "observe", "figure", "evaluate", "log", "save 32"],
+        *["step 2", "compare", "observe", "figure", "evaluate", "log", "save 32"],
         # The last step is always evaluated and saved.
         *["step 3", "evaluate", "log", "save 48"],
     ]
