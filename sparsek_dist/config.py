@@ -252,11 +252,7 @@ def from_yaml(text: str) -> Config:
 
 
 def attention_from(settings: Mapping[str, Any], *, source: str) -> AttentionConfig:
-    """Settings of the attention alone, as sparsify() and the config.json of a model give them; others have defaults.
-
-    Raises:
-        ConfigError: like `load`; one in types or names begins with `source`.
-    """
+    """Settings of the attention alone, from sparsify() or a model's config.json. ConfigError: begins with `source`."""
     with _explained(source):
         return _checked(OmegaConf.merge(OmegaConf.structured(Config), {"attention": dict(settings)})).attention
 
