@@ -37,9 +37,7 @@ SIZES = {
 def build(*, budget: int | None) -> Any:
     """The model: dense, or with k = w = budget."""
     torch.manual_seed(0)
-    spec = AutoConfig.for_model(
-        "llama", vocab_size=257, num_key_value_heads=2, max_position_embeddings=1 << 20, **SIZES
-    )
+    spec = AutoConfig.for_model("llama", **SIZES)
     model = AutoModelForCausalLM.from_config(spec, attn_implementation="sdpa").eval()
     return model if budget is None else sparsify(model, num_selected=budget, window=budget)
 
