@@ -66,7 +66,7 @@ def install(
         weight = next(module.parameters())
         module.scorer = build_scorer(
             settings, hidden_size=spec.hidden_size, num_kv_heads=num_kv_heads(spec), seed=seed, layer=index
-        ).to(device=weight.device, dtype=weight.dtype)
+        ).to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else torch.float32)
         module.parallel_attention = replace(attention, budget=Budget.of(settings))
     model.set_attn_implementation(NAME)
     spec.sparsek = section(config, seed=seed)
