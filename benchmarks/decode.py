@@ -1,7 +1,9 @@
 """Times one decoding step of one attention layer: SPARSEK over its constant state against dense SDPA over a full cache.
 
     python benchmarks/decode.py --out results               # on a GPU: below 90 s
-    python benchmarks/decode.py --out results --quick       # a few cells; on CPU, the PyTorch step
+    python benchmarks/decode.py --out results --quick       # a few cells
+
+On a CPU it times the PyTorch step, in float32, over states that were filled by as many tokens as it says.
 
 On a GPU first checks outputs against float64. A measurement is one CUDA graph of many steps, each on a state (or cache)
 of its own, as the layers of a model have: together larger than the L2 cache, so every step reads from memory. SPARSEK's
@@ -12,12 +14,13 @@ is set against a measured device copy. Dense is the faster of cuDNN and flash, w
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,10 +36,10 @@ from sparsek_kernels.decode import decode_step, empty_state, prefill
 from sparsek_kernels.decode_state import DecodeState
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+DEVICE, DTYPE, BACKEND = ("cuda", torch.bfloat16, "triton") if GPU else ("cpu", torch.float32, "torch")
 FOOTPRINT = 400e6 if GPU else 0
 """Bytes that the states of one measurement hold together, a multiple of the L2 cache."""
-MOST_STEPS = 64
+FEWEST_STEPS, MOST_STEPS = 8 if GPU else 4, 64
 COLOURS = ["C0", "C1", "C2", "C3", "C4", "C5"]
 DENSE_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -93,12 +96,21 @@ def full_state(heads: Heads, batch: int, budget: int, context: int) -> DecodeSta
     return state
 
 
+def prefilled_state(heads: Heads, batch: int, budget: int, context: int) -> DecodeState:
+    """After `context` tokens of random scores."""
+    tokens = random_token(heads, batch, context)
+    tokens["scores"].normal_()
+    del tokens["query"]
+    return prefill(**tokens, num_selected=budget, window=budget, support=4 * budget)
+
+
 def time_steps(steps: list[Callable[[], Tensor]], seconds: float = 0.03) -> float:
     """Median time of one step in seconds, over all steps one after the other."""
+    steps = steps * -(-FEWEST_STEPS // len(steps))
     steps[0]()
     if not GPU:
         times = []
-        for _ in range(20):
+        for _ in range(5):
             start = time.perf_counter()
             for step in steps:
                 step()
@@ -125,12 +137,21 @@ def number_of_steps(size: int) -> int:
     return max(1, min(MOST_STEPS, -(-int(FOOTPRINT) // size)))
 
 
-def sparsek_row(heads: Heads, batch: int, budget: int, context: int, gate: str) -> Row:
+def sparsek_row(
+    heads: Heads, batch: int, budget: int, context: int, gate: str = "straight_through", prefilled: bool = False
+) -> Row:
+    """Prefilled: after real tokens of random scores, and a token that is admitted as seldom as they are."""
     size = heads.cache_bytes(batch, 2 * budget)
-    states = [full_state(heads, batch, budget, context) for _ in range(number_of_steps(size))]
+    first = (prefilled_state if prefilled else full_state)(heads, batch, budget, context)
+    states = [first, *(copy.deepcopy(first) for _ in range(number_of_steps(size) - 1))]
     token = random_token(heads, batch)
-    time_ = time_steps([lambda state=state: decode_step(**token, state=state, gate=gate) for state in states])
-    return Row(str(heads), batch, f"sparsek k=w={budget} {gate}", context, 1e6 * time_, size / time_ / 1e9)
+    if prefilled:
+        token["scores"].normal_()
+    time_ = time_steps(
+        [lambda state=state: decode_step(**token, state=state, gate=gate, backend=BACKEND) for state in states]
+    )
+    note = "prefilled" if prefilled else ""
+    return Row(str(heads), batch, f"sparsek k=w={budget} {gate}", context, 1e6 * time_, size / time_ / 1e9, note)
 
 
 def tried(heads: Heads, budget: int, batches: list[int], context: int) -> list[Row]:
@@ -141,7 +162,7 @@ def tried(heads: Heads, budget: int, batches: list[int], context: int) -> list[R
     for programs in (1, 2, 4, 8):
         kernel.PROGRAMS_PER_PROCESSOR = programs
         for batch in batches:
-            row = sparsek_row(heads, batch, budget, context, "straight_through")
+            row = sparsek_row(heads, batch, budget, context)
             rows.append(replace(row, method="tried: other split", note=f"{programs} per processor"))
     kernel.PROGRAMS_PER_PROCESSOR = used
     state, token = full_state(heads, 1, budget, context), random_token(heads, 1)
@@ -198,7 +219,7 @@ def check() -> bool:
         expected = sparsek_attention(**exact, gate=gate, **sizes, backend="torch")
         for past in (20, 220):
             head = {name: x[:, :past] for name, x in tokens.items() if name != "query"}
-            states = {backend: prefill(**head, **sizes) for backend in ("auto", "torch")}
+            states = {backend: prefill(**head, **sizes) for backend in (BACKEND, "torch")}
             for step in range(past, past + 40):
                 token = {name: x[:, step : step + 1] for name, x in tokens.items()}
                 for backend, state in states.items():
@@ -206,10 +227,10 @@ def check() -> bool:
                     error = float((out.double() - expected[:, step : step + 1]).abs().max())
                     key = (str(heads), gate, backend)
                     worst[key] = max(worst.get(key, 0.0), error if error == error else float("inf"))
-            kept = [state.selected_positions.sort(dim=-1).values for state in states.values()]
-            kept += [state.support_positions.sort(dim=-1).values for state in states.values()]
-            if not (torch.equal(kept[0], kept[1]) and torch.equal(kept[2], kept[3])):
-                worst[(str(heads), gate, "auto")] = float("inf")
+            for name in ("selected_positions", "support_positions"):
+                kept = [getattr(state, name).sort(dim=-1).values for state in states.values()]
+                if not torch.equal(kept[0], kept[-1]):
+                    worst[(str(heads), gate, BACKEND)] = float("inf")
     good = True
     for (heads, gate, backend), error in worst.items():
         fine = error < 3e-2
@@ -218,45 +239,60 @@ def check() -> bool:
     return good
 
 
-def measure(quick: bool, seconds: float) -> list[Row]:
-    """All cells, SPARSEK first; once the time is up, dense cells are left out and say so."""
-    begin = time.perf_counter()
-    if GPU:
-        shapes, budgets = [Heads(32, 8, 128), Heads(16, 16, 64)], [512, 1024]
-        batches, contexts = [1, 4, 16, 64], [4096, 32768, 262144, 1048576]
-        if quick:
-            shapes, budgets, batches, contexts = shapes[:1], budgets[:1], [1, 64], [4096, 65536]
-    else:
-        shapes, budgets, batches, contexts = [Heads(8, 2, 64)], [256], [1], [1000, 10_000, 100_000]
-    rows = []
-    for heads in shapes:
-        for budget in budgets:
-            for batch in batches:
-                # The step does the same work after any number of tokens; on CPU that is measured.
-                for context in contexts[-1:] if GPU else contexts:
-                    rows.append(sparsek_row(heads, batch, budget, context, "straight_through"))
-            gated = sorted({batches[0], batches[-1]})
-            rows += [sparsek_row(heads, batch, budget, contexts[-1], "key_value") for batch in gated]
-    rows += tried(shapes[0], budgets[0], batches, contexts[-1]) if GPU else []
+@dataclass(frozen=True)
+class Grid:
+    shapes: list[Heads]
+    budgets: list[int]
+    batches: list[int]
+    contexts: list[int]
+
+
+def grid(quick: bool) -> Grid:
+    if not GPU:
+        return Grid([Heads(8, 2, 64)], [256], [1], [1000, 10_000] if quick else [1000, 10_000, 100_000])
+    if quick:
+        return Grid([Heads(32, 8, 128)], [512], [1, 64], [4096, 65536])
+    return Grid([Heads(32, 8, 128), Heads(16, 16, 64)], [512, 1024], [1, 4, 16, 64], [4096, 32768, 262144, 1048576])
+
+
+def sparsek_rows(cells: Grid) -> Iterator[Row]:
+    """On a GPU the context is that of the dearest case, and prefilled states show that it does not matter."""
+    heads, budget, last = cells.shapes[0], cells.budgets[0], cells.contexts[-1]
+    for context in cells.contexts:
+        yield sparsek_row(heads, 1, budget, context, prefilled=True)
+    if not GPU:
+        yield sparsek_row(heads, 1, budget, last, "key_value", prefilled=True)
+        return
+    for heads in cells.shapes:
+        for budget in cells.budgets:
+            for batch in cells.batches:
+                yield sparsek_row(heads, batch, budget, last)
+            for batch in sorted({cells.batches[0], cells.batches[-1]}):
+                yield sparsek_row(heads, batch, budget, last, "key_value")
+    yield from tried(cells.shapes[0], cells.budgets[0], cells.batches, last)
+
+
+def dense_rows(cells: Grid, deadline: float) -> Iterator[Row]:
+    """Once the time is up, cells are left out and say so."""
     size = int(min(torch.cuda.mem_get_info()[0] * 0.45, 18e9)) if GPU else 200_000_000
     pool = torch.empty(size // DTYPE.itemsize, device=DEVICE, dtype=DTYPE).normal_()
-    for heads in shapes:
-        for context in contexts:
-            for batch in batches:
-                late = time.perf_counter() - begin > seconds
-                row = Row(str(heads), batch, "dense", context, note="not run: out of time")
-                rows.append(row if late else dense_row(heads, batch, context, pool))
-    return rows
+    for context in cells.contexts:
+        for heads in cells.shapes:
+            for batch in cells.batches:
+                if time.perf_counter() > deadline:
+                    yield Row(str(heads), batch, "dense", context, note="not run: out of time")
+                else:
+                    yield dense_row(heads, batch, context, pool)
 
 
-def report(rows: list[Row], copy: float) -> None:
-    table = Table(title=f"one step of one layer; copy {copy:.0f} GB/s; {describe()}")
+def report(rows: list[Row], bandwidth: float) -> None:
+    table = Table(title=f"one step of one layer; copy {bandwidth:.0f} GB/s; {describe()}")
     for heading in ("heads", "batch", "method", "context", "us", "GB/s", "of copy", "note"):
         table.add_column(heading, justify="left" if heading in ("heads", "method", "note") else "right")
     for row in rows:
         rate = row.gigabytes_per_second
         cells = ["" if row.microseconds is None else f"{row.microseconds:.1f}"]
-        cells += ["", ""] if rate is None else [f"{rate:.0f}", f"{rate / copy:.0%}"]
+        cells += ["", ""] if rate is None else [f"{rate:.0f}", f"{rate / bandwidth:.0%}"]
         table.add_row(row.heads, str(row.batch), row.method, f"{row.context:,}", *cells, row.note)
     Console(width=160).print(table)
 
@@ -276,24 +312,38 @@ def plot(rows: list[Row], path: Path) -> None:
     shapes = list(dict.fromkeys(row.heads for row in rows))
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(6.4 * len(shapes), 4.6), squeeze=False)
     for axis, heads in zip(axes[0], shapes, strict=True):
-        measured = [row for row in rows if row.heads == heads and row.microseconds is not None]
-        contexts = sorted({row.context for row in measured})
-        for batch, colour in zip(sorted({row.batch for row in measured}), COLOURS, strict=False):
-            mine = [row for row in measured if row.batch == batch]
-            dense = [row for row in mine if row.method.startswith("dense")]
+        mine = [row for row in rows if row.heads == heads and row.microseconds is not None]
+        contexts = sorted({row.context for row in mine})
+        batches = sorted({row.batch for row in mine})
+        sparse = next(row.method for row in mine if row.method.startswith("sparsek"))
+        for batch, colour in zip(batches, COLOURS, strict=False):
+            dense = [row for row in mine if row.batch == batch and row.method.startswith("dense")]
             times = [row.microseconds for row in dense]
             axis.plot([row.context for row in dense], times, "o-", color=colour, label=f"dense, batch {batch}")
-            for row in mine:
-                if (
-                    row.method.startswith("sparsek")
-                    and "straight_through" in row.method
-                    and "k=w=1024" not in row.method
-                ):
-                    axis.plot([contexts[0], contexts[-1]], [row.microseconds] * 2, "--", color=colour)
-        axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="microseconds per step", title=heads)
-        axis.legend(title="dashed: SPARSEK, smaller k = w", fontsize="small")
+            level = [row for row in mine if row.batch == batch and row.method == sparse and (row.note == "" or not GPU)]
+            times = [row.microseconds for row in level]
+            at = [row.context for row in level]
+            if len(times) == 1:
+                at, times = [contexts[0], contexts[-1]], times * 2
+            axis.plot(at, times, "--", color=colour, label=f"SPARSEK, batch {batch}")
+        axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="microseconds per step")
+        axis.set_title(f"{heads}; {sparse}", fontsize="medium")
+        axis.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def save(rows: list[Row], bandwidth: float, good: bool, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    table = [asdict(row) for row in rows]
+    with (folder / "decode.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    result = {"machine": describe(), "copy_gigabytes_per_second": bandwidth, "correct": good, "rows": table}
+    (folder / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(rows, folder / "decode.png")
 
 
 def main() -> None:
@@ -302,24 +352,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few cells")
     parser.add_argument("--seconds", type=float, default=75, help="after which no further dense cell is begun")
     options = parser.parse_args()
+    begin = time.perf_counter()
     torch.manual_seed(0)
     good = check()
-    copy = copy_bandwidth()
-    rows = measure(options.quick, options.seconds)
-    report(rows, copy)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "decode.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    result = {
-        "machine": describe(),
-        "copy_gigabytes_per_second": copy,
-        "correct": good,
-        "rows": [asdict(r) for r in rows],
-    }
-    (options.out / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, options.out / "decode.png")
+    bandwidth, cells = copy_bandwidth(), grid(options.quick)
+    print(f"checked after {time.perf_counter() - begin:.0f} s", flush=True)
+    sparse = list(sparsek_rows(cells))
+    report(sparse, bandwidth)
+    print(f"SPARSEK done after {time.perf_counter() - begin:.0f} s", flush=True)
+    # Saved before the dense part, which runs other people's kernels at the limit of the memory.
+    save(sparse, bandwidth, good, options.out)
+    dense = list(dense_rows(cells, begin + options.seconds))
+    report(dense, bandwidth)
+    save(sparse + dense, bandwidth, good, options.out)
+    print(f"all done after {time.perf_counter() - begin:.0f} s")
     sys.exit(0 if good else "the check against float64 failed")
 
 

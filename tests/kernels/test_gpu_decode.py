@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsek_kernels import sparsek_attention
-from sparsek_kernels.decode import decode_step, prefill
+from sparsek_kernels.decode import decode_step, extend, prefill
 from sparsek_kernels.decode_state import DecodeState, empty_state
 from sparsek_kernels.gpu import decode as kernel
 from tests.kernels.cases import GATES, Case
@@ -122,6 +122,18 @@ def test_a_score_that_is_no_number_shows() -> None:
         one["scores"][0, 0, 1] = bad
         out = kernel.decode_step_triton(**one, state=state, gate="none", scale=0.3)
         assert out[:, :, :2].isfinite().all() and out[:, :, 2:].isnan().all()
+
+
+def test_several_tokens_at_once_go_through_the_attention_kernels() -> None:
+    case = Case("gpu_extend", num_selected=6, window=5, h=4, g=2, d=16)
+    tail, found, expected = two_equal_states(case, 40, torch.tensor([0, 3]))
+    piece = {name: x[:, :7] for name, x in tail.items()}
+    outputs = [
+        extend(**piece, state=state, gate="key_value", backend=backend)
+        for state, backend in ((found, "triton"), (expected, "torch"))
+    ]
+    torch.testing.assert_close(*outputs, rtol=0, atol=3e-6)
+    assert_same_past(found, expected)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from sparsek_kernels.gpu.backward_key import grad_selected_kernel, grad_window_k
 from sparsek_kernels.gpu.backward_query import grad_query_kernel
 from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.forward import forward_kernel
-from sparsek_kernels.gpu.layout import Layout, rows_of_selected
+from sparsek_kernels.gpu.layout import Layout, rows_of_selected, running_sum
 
 ROWS_BYTES = 1 << 28
 """Memory that the rows of the key-major backward may take; one KV head's rows are taken in any case."""
@@ -47,7 +46,7 @@ def backward(
     grad_key, grad_value, grad_u, carried = _grad_keys(call, gate, grad_out, lse, delta)
     if gate != "none":
         shares = grad_sums.double() / num_fractional.clamp_min(1)
-        running = F.pad(shares.cumsum(-1), (1, 0))
+        running = running_sum(shares)
         from_, until = call.fractional_from.long(), torch.maximum(fractional_until, call.fractional_from).long()
         grad_u -= (running.gather(-1, until) - running.gather(-1, from_)).to(grad_u.dtype)
     return (

@@ -49,16 +49,24 @@ def _accumulate(
 @triton.jit
 def _query_rows(
     tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
-    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Rows that do not exist weigh nothing."""
+    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Rows that do not exist weigh nothing.
+
+    Without MASK all queries of the tile exist. What does not change from tile to tile stands apart from what does.
+    """
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
-    q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
-    place = (batch * s + queries) * heads + head * G + member
-    do_tile = load_rows(grad_out + place * D, exists, D, BD, True)
-    row = (batch * heads + head * G + member) * s + queries
-    lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
-    return (q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)), queries
+    first, of_tile = (tile * BQ).to(tl.int64), tl.arange(0, BQ * GP) // GP
+    check: tl.constexpr = MASK or G != GP
+    q_rows = q + batch * qb + head * G * qh + first * qs + (of_tile * qs + member * qh)
+    q_tile = load_rows(q_rows, exists, D, BD, check)
+    do_rows = grad_out + ((batch * s + first) * heads + head * G) * D + (of_tile * heads + member) * D
+    do_tile = load_rows(do_rows, exists, D, BD, check)
+    row = (batch * heads + head * G) * s + first + (member * s + of_tile)
+    if check:
+        lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
+        return (q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)), queries
+    return (q_tile, do_tile, tl.load(lse + row), tl.load(delta + row)), queries
 
 
 @triton.jit
@@ -108,27 +116,27 @@ def grad_selected_kernel(
     # Tiles before `gated` see all pairs of the block with gate 1, those before `general` see all.
     first = tl.min(joined, 0) // BQ
     last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), first)
-    plain = tl.min(tl.load(plain_until + bg * (S + t) + entry, mask=real, other=high), 0)
+    plain = tl.min(tl.load(plain_until + bg * (S + t) + entry, mask=real, other=s), 0)
     seen = tl.min(tl.where(real, until, high), 0)
     general = tl.where(block < num_blocks, tl.maximum(tl.minimum(seen // BQ, last), first), first)
     gated = tl.maximum(tl.minimum(plain // BQ, general), first)
     # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads.
     for step in tl.range(0, gated - first):
         rows, queries = _query_rows(
-            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, False
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
     if GATE != "none":
         for step in tl.range(0, general - gated):
             rows, queries = _query_rows(
-                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, False
             )
             tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
             gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
             state = _accumulate(keys, values, rows, scale, gate, 1, state, GATE, False, ACC, PRECISION)
     for step in tl.range(0, last - general):
         rows, queries = _query_rows(
-            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, True
         )
         visible = (joined[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
@@ -211,12 +219,14 @@ def grad_window_kernel(
     end = tl.minimum(tl.maximum(tl.min(tl.where(real, until, s), 0) // BQ, begin), last)
     for step in tl.range(0, end - begin):
         rows, queries = _query_rows(
-            begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+            begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, False
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
     for step in tl.range(0, last - first - (end - begin)):
         tile = first + step + tl.where(first + step < begin, 0, end - begin)
-        rows, queries = _query_rows(tile, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD)
+        rows, queries = _query_rows(
+            tile, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, True
+        )
         visible = (position[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         state = _accumulate(keys, values, rows, scale, 1.0, visible, state, "none", True, ACC, PRECISION)
 

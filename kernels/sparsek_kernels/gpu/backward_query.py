@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.gpu.columns import (
-    column_entries,
+    general_entries,
+    load_neighbours,
     load_pairs,
     load_rows,
+    num_general,
     pairs_of,
     program_of,
     tile_columns,
@@ -57,6 +59,17 @@ def _accumulate(
 
 
 @triton.jit
+def _accumulate_plain(
+    q_tile, do_tile, keys, values, lse_row, delta_row, scale, grad, ACC: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Adds columns without mask or gate to dq."""
+    logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
+    gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
+    weights = tl.exp2(logits * scale - lse_row[:, None]) * (gain - delta_row[:, None])
+    return tl.dot(weights.to(keys.dtype), keys, grad, out_dtype=ACC, input_precision=PRECISION)
+
+
+@triton.jit
 def grad_query_kernel(
     q, k, v, carry_k, carry_v, scores, tau, visible_until, plain_until, alive, num_alive, document_start, out, grad_out,
     lse, delta, grad_sums, grad_q, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks, g,
@@ -80,31 +93,33 @@ def grad_query_kernel(
     tau_row = tl.load(tau + bg * s + queries, mask=exists, other=0.0)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
-    columns, plain, gated, end = tile_columns(
+    alive, count, plain, gated, middle, num_middle, oldest = tile_columns(
         tile, alive + bg * num_chunks * K, num_alive + bg * num_chunks, plain_until + bg * (S + t), visible_until,
-        document_start + batch * s, s, t - s, window, S + t - s, K, KP, CHUNK, BQ,
+        document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BG,
     )  # fmt: skip
-    plain = plain // BN * BN
-    gated = tl.maximum(gated // BG * BG, plain)
     zero = tl.zeros([BQ * GP], ACC)
     state = (tl.zeros([BQ * GP, BD], ACC), tl.zeros([BQ * GP, BD], ACC), zero, zero)
-    if GATE != "none":
-        for low in tl.range(plain, gated, BG):
-            entry, position = column_entries(low + tl.arange(0, BG), columns)
-            score = tl.where(position < -window, tl.load(scores + entry), float("inf"))
+    if GATE == "none":
+        gated = plain
+    else:
+        for step in tl.range(0, (gated - plain) // BG):
+            entry = tl.load(alive + plain + step * BG + tl.arange(0, BG))
             keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
-            gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
+            gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)
             state = _accumulate(
                 q_tile, do_tile, keys, values, lse_row, delta_row, gate, 1, scale, state, GATE, STRAIGHT, False, ACC,
                 PRECISION,
             )  # fmt: skip
-    for low in tl.range(gated, end, BG):
-        column = low + tl.arange(0, BG)
-        entry, position = column_entries(column, columns)
-        entry = tl.where(column < end, entry, S)
-        until = tl.load(visible_until + entry, mask=column < end, other=0)
-        score = tl.load(scores + entry, mask=column < end, other=0.0)
-        keys, values = load_pairs(entry, column < end, pairs, D, BD, HAS_CARRY, True)
+    end = num_general(gated, count, oldest, middle, num_middle, tile, s, BQ)
+    for low in tl.range(0, end, BG):
+        real = low + tl.arange(0, BG) < end
+        entry, position = general_entries(
+            low + tl.arange(0, BG), gated, alive, count, oldest, middle, num_middle, S + t - s
+        )
+        entry = tl.where(real, entry, S)
+        until = tl.load(visible_until + entry, mask=real, other=0)
+        score = tl.load(scores + entry, mask=real, other=0.0)
+        keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
         gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
         gate = tl.where(queries[:, None] - position[None, :] < window, 1.0, gate)
         visible = (position[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
@@ -116,13 +131,13 @@ def grad_query_kernel(
     if STRAIGHT:
         delta_row -= missing
         grad -= delta_row[:, None] * mean_k
+    for low in tl.range(0, num_middle, BN):
+        keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
+        grad = _accumulate_plain(q_tile, do_tile, keys, values, lse_row, delta_row, scale, grad, ACC, PRECISION)
     for low in tl.range(0, plain, BN):
-        entry = column_entries(low + tl.arange(0, BN), columns)[0]
+        entry = tl.load(alive + low + tl.arange(0, BN))
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
-        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
-        gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
-        weights = tl.exp2(logits - lse_row[:, None]) * (gain - delta_row[:, None])
-        grad = tl.dot(weights.to(keys.dtype), keys, grad, out_dtype=ACC, input_precision=PRECISION)
+        grad = _accumulate_plain(q_tile, do_tile, keys, values, lse_row, delta_row, scale, grad, ACC, PRECISION)
 
     width = tl.arange(0, BD)
     grad *= scale / LOG2E

@@ -1,14 +1,15 @@
 """The columns of one tile of queries, as device functions that the forward and the query-major backward share.
 
 A tile is BQ neighbouring queries of one KV head with their G query heads: BQ * G rows of one matrix product. It belongs
-to a chunk of queries, for which `alive` lists the selected pairs, best first. Its columns, in this order:
+to a chunk of queries, for which `alive` lists the selected pairs, best first. It sees four kinds of columns:
 
-    plain:    the window's keys that every query of the tile sees, then the head of `alive`: neither mask nor gate
-    gated:    those of `alive` that every query still sees, but with a gate below 1
-    general:  the tail of `alive`, keys that leave the window during the chunk, the tile's own last keys: all checks
+    middle:   keys in the window of every query of the tile, one after the other in memory
+    plain:    a beginning of `alive` that every query of the tile sees with gate 1
+    gated:    the next of `alive`, that every query still sees, but with a gate below 1
+    general:  the end of `alive`, the window's first and last keys: every check is made
 
-The worst of the list are evicted first and lose their full gate first, so plain and gated are two beginnings of it, and
-nearly all columns are one or the other. An entry is an index into (carried scores, stream).
+The worst of the list are evicted first and lose their full gate first, so plain and gated are beginnings of it. Middle
+and plain columns, nearly all, need neither mask nor gate. An entry is an index into (carried scores, stream).
 """
 
 # Device functions take pointers and numbers, to which Triton gives no Python type.
@@ -33,45 +34,55 @@ def tile_rows(tile, s, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
 
 @triton.jit
 def tile_columns(
-    tile, alive, num_alive, plain_until, visible_until, document_start, s, halo, window, first_row,
-    K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr, BQ: tl.constexpr,
+    tile, alive, num_alive, plain_until, visible_until, document_start, s, halo, window,
+    K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
-    """What `column_entries` needs to know, and the ends of the plain, of the gated and of all columns.
+    """Where the kinds of columns begin and end; pointers are those of this (b, g).
 
-    Pointers are those of this (b, g); first_row is the entry of the key at position 0.
+    Returns:
+        `alive` of the chunk, how many it lists, how many of them are plain (a multiple of BN), and plain or gated (of BG
+        beyond the plain ones); the first position of the middle, and how many there are (a multiple of BN); the oldest
+        position of the window.
     """
     chunk = tile * BQ // CHUNK
     low, high = tile * BQ, tl.minimum(tile * BQ + BQ, s)
     alive += chunk.to(tl.int64) * K
     oldest = tl.maximum(tl.maximum(chunk * CHUNK - window + 1, -halo), tl.load(document_start + low))
+    oldest = tl.minimum(oldest, low + 1)
     # Seen by the whole tile: not yet out of the last query's window, in its document, not after the first query.
     middle = tl.maximum(tl.maximum(oldest, high - window), tl.load(document_start + high - 1))
-    middle = tl.minimum(middle, low + 1)
-    oldest = tl.minimum(oldest, middle)
+    num_middle = tl.maximum(low + 1 - middle, 0) // BN * BN
     count = tl.load(num_alive + chunk)
-    num_plain, num_seen = 0, 0
+    plain, seen = 0, 0
     if K > 0:
         ranks = tl.arange(0, KP)
         listed = tl.load(alive + ranks, mask=ranks < count, other=0)
-        num_plain = tl.sum((tl.load(plain_until + listed, mask=ranks < count, other=0) >= high).to(tl.int32), 0)
-        num_seen = tl.sum((tl.load(visible_until + listed, mask=ranks < count, other=0) >= high).to(tl.int32), 0)
-    num_middle = low + 1 - middle
-    columns = (alive, middle, num_middle, count, oldest, middle - oldest, low + 1, first_row)
-    end = num_middle + count + middle - oldest + high - low - 1
-    return columns, num_middle + num_plain, num_middle + num_seen, end
+        plain = tl.sum((tl.load(plain_until + listed, mask=ranks < count, other=0) >= high).to(tl.int32), 0) // BN * BN
+        seen = tl.sum((tl.load(visible_until + listed, mask=ranks < count, other=0) >= high).to(tl.int32), 0)
+    gated = plain + tl.maximum(seen - plain, 0) // BG * BG
+    return alive, count, plain, gated, low + 1 - num_middle, num_middle, oldest
 
 
 @triton.jit
-def column_entries(column, columns):
-    """Entry and position of some columns [BN]; BEFORE_ALL is the position of every listed pair."""
-    alive, middle, num_middle, num_alive, oldest, num_leaving, newest, first_row = columns
-    rank = column - num_middle
-    is_listed = (rank >= 0) & (rank < num_alive)
-    after = rank - num_alive
-    recent = tl.where(after < num_leaving, oldest + after, newest + after - num_leaving)
-    position = tl.where(rank < 0, middle + column, recent)
+def general_entries(column, first, alive, count, oldest, middle, num_middle, origin):
+    """Entry and position of some general columns [BN]; BEFORE_ALL is the position of every listed pair.
+
+    Args:
+        first: rank of the first listed one.
+        origin: entry of the key at position 0.
+    """
+    rank = first + column
+    is_listed = rank < count
+    recent = oldest + rank - count
+    position = tl.where(recent < middle, recent, recent + num_middle)
     listed = tl.load(alive + rank, mask=is_listed, other=0)
-    return tl.where(is_listed, listed, position + first_row), tl.where(is_listed, BEFORE_ALL, position)
+    return tl.where(is_listed, listed, position + origin), tl.where(is_listed, BEFORE_ALL, position)
+
+
+@triton.jit
+def num_general(first, count, oldest, middle, num_middle, tile, s, BQ: tl.constexpr):
+    """How many general columns there are, from the listed one of rank `first` to the tile's last key."""
+    return count - first + tl.minimum(tile * BQ + BQ, s) - oldest - num_middle
 
 
 @triton.jit
@@ -103,6 +114,16 @@ def load_pairs(entry, real, pairs, D: tl.constexpr, BD: tl.constexpr, HAS_CARRY:
         key_at = tl.where(entry < S, carried_key + carried, key_at)
         value_at = tl.where(entry < S, carried_value + carried, value_at)
     return load_rows(key_at, real, D, BD, MASK), load_rows(value_at, real, D, BD, MASK)
+
+
+@triton.jit
+def load_neighbours(first, pairs, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+    """Keys and values [BN, BD] of neighbouring rows of the stream."""
+    key, value, key_stride, value_stride = pairs[0], pairs[1], pairs[2], pairs[3]
+    rows = tl.arange(0, BN)
+    key_at = key + first.to(tl.int64) * key_stride + rows * key_stride
+    value_at = value + first.to(tl.int64) * value_stride + rows * value_stride
+    return load_rows(key_at, rows, D, BD, False), load_rows(value_at, rows, D, BD, False)
 
 
 @triton.jit

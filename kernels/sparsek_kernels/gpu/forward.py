@@ -1,12 +1,14 @@
-"""Forward: one online softmax over a tile's plain, gated and general columns."""
+"""Forward: one online softmax over a tile's columns, kind by kind."""
 
 import triton
 import triton.language as tl
 
 from sparsek_kernels.gpu.columns import (
-    column_entries,
+    general_entries,
+    load_neighbours,
     load_pairs,
     load_rows,
+    num_general,
     pairs_of,
     program_of,
     tile_columns,
@@ -18,11 +20,11 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _accumulate(logits, values, gate, state, GATED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """Online softmax in base 2: (largest logit, sum of weights, weighted values), each per row."""
+def _accumulate(logits, scale, values, gate, state, GATED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """Online softmax in base 2 of scale * logits: (largest, sum of weights, weighted values), each per row."""
     largest, total, out = state
-    new = tl.maximum(largest, tl.max(logits, 1))
-    weights = tl.exp2(logits - new[:, None])
+    new = tl.maximum(largest, tl.max(logits, 1) * scale)
+    weights = tl.exp2(logits * scale - new[:, None])
     shrink = tl.exp2(largest - new)
     total = total * shrink + tl.sum(weights, 1)
     if GATED:
@@ -46,46 +48,52 @@ def forward_kernel(
     q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
-    columns, plain, gated, end = tile_columns(
+    alive, count, plain, gated, middle, num_middle, oldest = tile_columns(
         tile, alive + bg * num_chunks * K, num_alive + bg * num_chunks, plain_until + bg * (S + t), visible_until,
-        document_start + batch * s, s, t - s, window, S + t - s, K, KP, CHUNK, BQ,
+        document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BN,
     )  # fmt: skip
     state = (tl.full([BQ * GP], LOWEST, ACC), tl.zeros([BQ * GP], ACC), tl.zeros([BQ * GP, BD], ACC))
-    plain = plain // BN * BN
+    for low in tl.range(0, num_middle, BN):
+        keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
+        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
+        state = _accumulate(logits, scale, values, 1.0, state, False, ACC, PRECISION)
     for low in tl.range(0, plain, BN):
-        entry = column_entries(low + tl.arange(0, BN), columns)[0]
+        entry = tl.load(alive + low + tl.arange(0, BN))
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
-        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
-        state = _accumulate(logits, values, 1.0, state, False, ACC, PRECISION)
-    gated = tl.maximum(gated // BN * BN, plain)
+        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
+        state = _accumulate(logits, scale, values, 1.0, state, False, ACC, PRECISION)
     tau_row = tl.load(tau + bg * s + queries, mask=exists, other=0.0)
-    if GATE != "none":
-        for low in tl.range(plain, gated, BN):
-            entry, position = column_entries(low + tl.arange(0, BN), columns)
-            score = tl.where(position < -window, tl.load(scores + entry), float("inf"))
+    if GATE == "none":
+        gated = plain
+    else:
+        for step in tl.range(0, (gated - plain) // BN):
+            entry = tl.load(alive + plain + step * BN + tl.arange(0, BN))
             keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
-            logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
-            gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
+            logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
+            gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)
             if GATE == "key_value":
                 logits *= gate
-            state = _accumulate(logits, values, gate, state, True, ACC, PRECISION)
-    for low in tl.range(gated, end, BN):
-        column = low + tl.arange(0, BN)
-        entry, position = column_entries(column, columns)
-        entry = tl.where(column < end, entry, S)
-        until = tl.load(visible_until + entry, mask=column < end, other=0)
-        keys, values = load_pairs(entry, column < end, pairs, D, BD, HAS_CARRY, True)
-        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
+            state = _accumulate(logits, scale, values, gate, state, True, ACC, PRECISION)
+    end = num_general(gated, count, oldest, middle, num_middle, tile, s, BQ)
+    for low in tl.range(0, end, BN):
+        real = low + tl.arange(0, BN) < end
+        entry, position = general_entries(
+            low + tl.arange(0, BN), gated, alive, count, oldest, middle, num_middle, S + t - s
+        )
+        entry = tl.where(real, entry, S)
+        until = tl.load(visible_until + entry, mask=real, other=0)
+        keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
+        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
         gate = 1.0
         if GATE != "none":
-            score = tl.load(scores + entry, mask=column < end, other=0.0)
+            score = tl.load(scores + entry, mask=real, other=0.0)
             gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
             gate = tl.where(queries[:, None] - position[None, :] < window, 1.0, gate)
         if GATE == "key_value":
             logits *= gate
         visible = (position[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
         logits = tl.where(visible, logits, float("-inf"))
-        state = _accumulate(logits, values, gate, state, GATE != "none", ACC, PRECISION)
+        state = _accumulate(logits, scale, values, gate, state, GATE != "none", ACC, PRECISION)
 
     largest, total, acc = state
     total = tl.where(exists, total, 1.0)

@@ -38,10 +38,10 @@ def rows_of_selected(
     became = torch.cat([became.new_zeros(support), became.clamp_min(0)])
     selected = visible_until > became
     count = torch.where(selected, (visible_until - 1) // span - became // span + 1, 0)
-    first_row = F.pad(count.cumsum(-1, dtype=torch.int32), (1, 0))
+    first_row = running_sum(count)
 
     stream = selected[..., support:]
-    before = F.pad(stream.cumsum(-1, dtype=torch.int32), (1, 0))
+    before = running_sum(stream.to(torch.int32))
     entry = torch.arange(support, entries, dtype=torch.int32, device=device).expand(b, g, -1)
     place = torch.where(stream, before[..., :-1], t).long()
     chosen = torch.zeros(b, g, t + 1, dtype=torch.int32, device=device).scatter_(-1, place, entry)
@@ -53,3 +53,15 @@ def rows_of_selected(
         span_start=before[..., edges].contiguous(),
         num_rows=num_spans * num_selected + t,
     )
+
+
+def running_sum(x: Tensor, *, tile: int = 512) -> Tensor:
+    """[..., n] -> [..., n + 1]: what comes before each element, and the total; the same bits every time.
+
+    In two steps, within tiles and over tiles: few long rows would leave most of a GPU idle, and a scan over flat memory
+    adds in an order that differs from run to run.
+    """
+    n = x.shape[-1]
+    tiles = F.pad(x, (0, -n % tile)).unflatten(-1, (-1, tile)).cumsum(-1, dtype=x.dtype)
+    totals = F.pad(tiles[..., -1].cumsum(-1, dtype=x.dtype), (1, 0))[..., :-1]
+    return F.pad((tiles + totals.unsqueeze(-1)).flatten(-2)[..., :n], (1, 0))
