@@ -42,7 +42,7 @@ MISTAKES = {
     "optimizer.name=lion": "optimizer.name",
     "data.held_out=1": "data.held_out = 1.0",
     "parallel.zero_stage=4": "parallel.zero_stage = 4",
-    "parallel.sequence_degree=16": "data.sequence_length = 32",
+    "parallel.sequence_degree=16": "data.sequence_length = 32 over parallel.sequence_degree = 16",
     "model.num_kv_heads=3": "model.num_kv_heads = 3",
     "attention.support=3": "attention.support = 3",
     "run.name=../x": "run.name",
