@@ -125,9 +125,7 @@ def shard_attention(
     if chosen == "reference":
         raise ValueError("backend = 'reference' works on whole sequences only: use 'auto' or 'torch' for shards")
     if chosen == "triton":
-        return _run_triton(
-            query, key, value, scores, carry, document_start, num_selected, window, support, gate, scale
-        )
+        return _run_triton(query, key, value, scores, carry, document_start, num_selected, window, support, gate, scale)
     return _run(query, key, value, scores, carry, document_start, window, gate, scale)
 
 

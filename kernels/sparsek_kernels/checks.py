@@ -58,8 +58,9 @@ def check_attention(
 
 def check_finite(scores: Tensor) -> None:
     """A NaN would make the selection arbitrary without a trace. Waits for the device."""
-    if not bool(torch.isfinite(scores).all()):
-        raise ValueError("scores hold NaN or infinity: the scoring network has diverged, or its input has")
+    _require(
+        torch.isfinite(scores).all(), "scores hold NaN or infinity: the scoring network has diverged, or its input has"
+    )
 
 
 def document_starts(document_ids: Tensor | None, query: Tensor) -> Tensor:
@@ -73,10 +74,17 @@ def document_starts(document_ids: Tensor | None, query: Tensor) -> Tensor:
             f"document_ids must be integers [b, s] = {[b, s]}, not {document_ids.dtype} {_shapes(document_ids)}"
         )
     step = document_ids.diff(dim=1)
-    if bool((step < 0).any()):
-        raise ValueError("document_ids must not decrease along the sequence: documents are contiguous")
+    _require((step >= 0).all(), "document_ids must not decrease along the sequence: documents are contiguous")
     begins = torch.nn.functional.pad(step != 0, (1, 0), value=True)
     return torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """In a compiled graph nothing may wait for the device: there the device itself stops."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
 
 
 def _shapes(*tensors: Tensor) -> str:

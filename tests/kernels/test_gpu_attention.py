@@ -1,7 +1,7 @@
 """Attention through the real Triton kernels: in the interpreter here, compiled where there is a GPU.
 
-In float64 the interpreter's matrix products are exact enough to hold the kernels against the reference at 1e-10. Bfloat16
-products are wrong in the interpreter, so half precision is tested on GPUs alone.
+In float64 the interpreter's matrix products are exact enough to hold the kernels against the reference at 1e-10.
+Bfloat16 products are wrong in the interpreter, so half precision is tested on GPUs alone.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from torch import Tensor
 from sparsek_kernels import shard_attention, sparsek_attention
 from sparsek_kernels.dispatch import resolve
 from sparsek_kernels.gpu import call, ops
-from sparsek_kernels.gpu.tiles import Tile, Tiles, tiles_for
-from sparsek_kernels.reference import attention_reference, dense_reference
+from sparsek_kernels.gpu.tiles import Tile, Tiles
+from sparsek_kernels.reference import attention_reference
 from tests.kernels.cases import EDGE_CASES, GATES, Case
-from tests.kernels.test_shards import attend_in_shards
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float32) if ON_GPU else ("cpu", torch.float64)
@@ -24,8 +23,8 @@ TOLERANCE = 2e-5 if ON_GPU else 1e-10
 
 QUICK = {
     "one_token", "shorter_than_window", "k_0_packed", "k_beyond_n_packed", "window_1_k_1_packed", "support_reached",
-    "ties_packed", "signed_zeros", "increasing_by_2", "decreasing_packed", "documents_of_one_token", "group_3", "group_5",
-    "head_dim_80", "length_63", "long_increasing", "long_packed_drift", "long_wide_window_many_selected",
+    "ties_packed", "signed_zeros", "increasing_by_2", "decreasing_packed", "documents_of_one_token", "group_3",
+    "group_5", "head_dim_80", "length_63", "long_increasing", "long_packed_drift", "long_wide_window_many_selected",
 }  # fmt: skip
 CASES = [pytest.param(c, marks=[] if c.name in QUICK or ON_GPU else pytest.mark.slow, id=c.name) for c in EDGE_CASES]
 
@@ -54,7 +53,9 @@ def values_and_gradients(attend, case: Case, **settings) -> dict[str, Tensor]:
 
 def on_triton(inputs: dict[str, Tensor], **settings) -> Tensor:
     ids = settings.pop("document_ids")
-    return sparsek_attention(**inputs, document_ids=None if ids is None else ids.to(DEVICE), backend="triton", **settings)
+    return sparsek_attention(
+        **inputs, document_ids=None if ids is None else ids.to(DEVICE), backend="triton", **settings
+    )
 
 
 def expected_of(case: Case, gate: str) -> dict[str, Tensor]:
@@ -90,3 +91,149 @@ def test_every_gate(gate: str) -> None:
     assert_close(found, expected_of(case, gate))
     for name, tensor in found.items():
         assert (gate == "none" and name == "dscores") or tensor.abs().max() > 1e-2, name
+
+
+@pytest.mark.parametrize("gate", ["key_value", "straight_through"])
+def test_shards_equal_the_whole(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a halo and a carry: what a sequence-parallel rank runs."""
+    from tests.kernels import test_shards
+
+    monkeypatch.setattr(
+        test_shards, "shard_attention", lambda *args, **settings: shard_attention(*args, backend="triton", **settings)
+    )
+    case = Case("shards", s=90, num_selected=6, window=5, h=4, g=2, d=4, documents="random", b=1)
+    inputs = case.inputs()
+    output = test_shards.attend_in_shards(inputs, [33, 60], case, 24, gate)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(11)).double()
+    gradients = torch.autograd.grad(output, list(inputs.values()), upstream)
+    found = {"output": output.detach(), **dict(zip(("dquery", "dkey", "dvalue", "dscores"), gradients, strict=True))}
+    assert_close(found, expected_of(case, gate))
+
+
+def test_gradcheck() -> None:
+    """Finite differences through the kernels themselves, scores kept apart so that no set changes."""
+    generator = torch.Generator().manual_seed(3)
+    s, k, window = 11, 3, 2
+    query, key, value = (torch.randn(1, s, 2, 3, generator=generator).double() for _ in range(3))
+    scores = torch.randperm(s, generator=generator).double().view(1, s, 1) * 0.13
+    leaves = [x.requires_grad_() for x in (query, key[:, :, :1].clone(), value[:, :, :1].clone(), scores)]
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return sparsek_attention(*tensors, num_selected=k, window=window, support=7, gate="value", backend="triton")
+
+    assert torch.autograd.gradcheck(attend, leaves, nondet_tol=0.0)
+
+
+def op_arguments() -> tuple:
+    case = Case("opcheck", s=40, num_selected=4, window=3, h=4, g=2, d=8, b=1)
+    inputs = {name: x.detach().to(DEVICE, torch.float32) for name, x in case.inputs().items()}
+    starts = torch.zeros(1, case.s, dtype=torch.int64, device=DEVICE)
+    nothing = inputs["scores"].new_empty(1, 2, 0)
+    select = (inputs["scores"].clone(), starts, nothing, nothing.long(), 4, 3, 16, 32)
+    tau, visible, from_, until, number, _, _, alive = ops.select_op(*select)
+    pairs = inputs["key"].new_empty(1, 2, 0, 8)
+    leaves = [inputs[name].requires_grad_() for name in ("query", "key", "value", "scores")]
+    attention = (*leaves, pairs, pairs, nothing, tau, visible, from_, until, number, alive, starts, 3, "value", 0.3)
+    return select, attention
+
+
+def test_operators_are_what_torch_expects() -> None:
+    select, attention = op_arguments()
+    torch.library.opcheck(ops.select_op, select)
+    torch.library.opcheck(ops.attention_op, attention)
+
+
+def test_compiles_as_one_graph() -> None:
+    case = Case("compile", s=70, num_selected=6, window=5, h=2, g=1, b=1)
+    settings = {**case.settings(), "gate": "value"}
+    backend = "inductor" if ON_GPU else "aot_eager"
+    compiled = torch.compile(on_triton, fullgraph=True, backend=backend)
+    found = values_and_gradients(compiled, case, **settings)
+    assert_close(found, {name: x.cpu() for name, x in values_and_gradients(on_triton, case, **settings).items()})
+
+
+def test_runs_are_bit_equal_and_leave_inputs_alone() -> None:
+    case = Case("repeat", s=99, num_selected=9, window=7, h=4, g=2, documents="random")
+    settings = {**case.settings(), "gate": "straight_through"}
+    first = values_and_gradients(on_triton, case, **settings)
+    for _ in range(100 if ON_GPU else 1):
+        again = values_and_gradients(on_triton, case, **settings)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_strided_inputs() -> None:
+    """Heads before tokens in memory, as transformers hands them over."""
+    case = Case("strided", s=50, num_selected=6, window=5, h=4, g=2, b=2)
+    found = values_and_gradients(
+        lambda inputs, **settings: on_triton(
+            {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()}, **settings
+        ),
+        case, gate="value", **case.settings(),
+    )  # fmt: skip
+    assert_close(found, expected_of(case, "value"))
+
+
+def test_what_the_kernels_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = torch.zeros(1, 2, 1, 512, device=DEVICE)
+    with pytest.raises(ValueError, match="512 wide"):
+        resolve("triton", wide, 1)
+    assert resolve("auto", wide, 1) == "torch"
+    with pytest.raises(ValueError, match="int32"):
+        resolve("triton", wide.int(), 1)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not ON_GPU:
+        with pytest.raises(ValueError, match="on cpu"):
+            resolve("triton", torch.zeros(1, 2, 1, 8), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("shape", [(64, 1), (64, 4), (80, 3), (96, 8), (128, 4), (128, 5), (256, 2), (32, 7)], ids=str)
+def test_half_precision_errs_like_dense_attention(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Error against float64 at most twice that of torch's dense attention in the same dtype over the same set."""
+    d, group = shape
+    case = Case(f"half_{d}_{group}", s=451, num_selected=60, window=45, h=2 * group, g=2, d=d, b=1)
+    exact = {name: x.detach().to(dtype).double() for name, x in case.inputs().items()}
+    exact["scores"] = case.inputs()["scores"].detach()
+    results = {}
+    for name, kind in (("reference", torch.float64), ("dense", dtype), ("triton", dtype)):
+        leaves = {
+            n: x.to(kind if n != "scores" else max(kind, torch.float32, key=lambda t: t.itemsize))
+            for n, x in exact.items()
+        }
+        leaves = {n: x.to("cpu" if name == "reference" else DEVICE).requires_grad_() for n, x in leaves.items()}
+        if name == "dense":
+            # Dense attention in PyTorch over the same set: the reference's own code path in half precision.
+            output = attention_reference(**leaves, gate="none", **case.settings())
+        else:
+            output = sparsek_attention(**leaves, gate="none", backend=name, **case.settings())
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+        grads = torch.autograd.grad(output, [leaves[n] for n in ("query", "key", "value")], upstream)
+        results[name] = [x.double().cpu() for x in (output, *grads)]
+    for expected, dense, found in zip(*(results[n] for n in ("reference", "dense", "triton")), strict=True):
+        assert torch.isfinite(found).all()
+        error, yardstick = ((x - expected).abs().max() for x in (found, dense))
+        assert error <= 2 * yardstick + 1e-5, (error, yardstick)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements() -> None:
+    """Offsets beyond 32 bits: the end of a long sequence equals the end computed from its own short past."""
+    s, h, d, k, window = 1 << 20, 17, 128, 16, 32
+    query = torch.randn(1, s, h, d, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(1, s, 1, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    scores = torch.arange(s, device="cuda", dtype=torch.float32).view(1, s, 1) % 1000
+    assert query.numel() > 2**31
+    query.requires_grad_()
+    out = sparsek_attention(query, key, value, scores, num_selected=k, window=window, gate="none", backend="triton")
+    tail = 4096
+    ids = torch.zeros(1, s, dtype=torch.int64, device="cuda")
+    ids[:, -tail:] = 1
+    packed = sparsek_attention(
+        query, key, value, scores, num_selected=k, window=window, gate="none", document_ids=ids, backend="triton"
+    )
+    short = [x[:, -tail:].detach() for x in (query, key, value, scores)]
+    alone = sparsek_attention(*short, num_selected=k, window=window, gate="none", backend="triton")
+    assert torch.equal(packed[:, -tail:], alone)
+    (grad,) = torch.autograd.grad(out.float().square().sum(), query)
+    assert torch.isfinite(grad).all() and grad[:, -1].abs().sum() > 0

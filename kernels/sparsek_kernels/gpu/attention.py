@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -18,7 +20,7 @@ ROWS_BYTES = 1 << 28
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Output [b, s, h, d] and log-sum-exp in base 2 [b, h, s]."""
-    b, s, h, d, t, g, support = call.sizes
+    b, s, h, d, _, g, _ = call.sizes
     out = torch.empty(b, s, h, d, dtype=call.query.dtype, device=call.query.device)
     lse = torch.empty(b, h, s, dtype=call.accumulate, device=call.query.device)
     gate = "none" if call.gate == "straight_through" else call.gate
@@ -33,7 +35,7 @@ def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, fractional_until: Tensor, num_fractional: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, scores [b, t, g], carried keys, values, and scores."""
-    b, s, h, d, t, g, support = call.sizes
+    b, s, h, d, _, g, support = call.sizes
     gate = "value" if call.gate == "straight_through" else call.gate
     grad_out = grad_out.contiguous()
     delta, grad_sums = torch.empty_like(lse), torch.empty(b, g, s, dtype=lse.dtype, device=lse.device)
@@ -64,12 +66,12 @@ def _grad_keys(
     call: Call, gate: str, grad_out: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Gradients of keys and values, the direct part of the scores' [b, g, S + t], and the carried pairs'."""
-    b, s, h, d, t, g, support = call.sizes
+    b, s, _, d, t, g, support = call.sizes
     k, num_carried, tiles = call.alive.shape[-1], call.carry_key.shape[2], call.tiles
     layout = rows_of_selected(
         call.visible_until, num_selected=k, support=support, window=call.window, span=tiles.span, num_queries=s
     )
-    empty = {"dtype": lse.dtype, "device": lse.device}
+    empty: dict[str, Any] = {"dtype": lse.dtype, "device": lse.device}
     grad_key, grad_value = (torch.empty(b, t, g, d, dtype=call.key.dtype, device=lse.device) for _ in range(2))
     grad_u = torch.zeros(b, g, support + t, **empty)
     carried = [torch.zeros(b * g, num_carried, d, **empty) for _ in range(2)]
@@ -96,7 +98,8 @@ def _grad_keys(
             begin, end = (layout.first_row.flatten(0, 1)[first : first + count, i : i + num_carried] for i in (0, 1))
             place = begin + torch.arange(count, device=lse.device).unsqueeze(-1) * layout.num_rows
             for sums, rows in zip(carried, (rows_key, rows_value), strict=True):
-                sums[first : first + count] = torch.where((end > begin).unsqueeze(-1), rows[place.clamp_max(len(rows) - 1)], 0)
+                found = rows[place.clamp_max(len(rows) - 1)]
+                sums[first : first + count] = torch.where((end > begin).unsqueeze(-1), found, 0)
     pairs = tuple(x.view(b, g, num_carried, d).to(call.carry_key.dtype) for x in carried)
     return grad_key, grad_value, grad_u, (pairs[0], pairs[1])
 

@@ -3,8 +3,8 @@
 A selected pair collects its gradient from queries far apart. So queries are cut into spans; for each span one program
 per block of selected pairs loads them once, loops over the span's queries, and writes ONE row per pair and span. The
 rows of a pair stand together, in the order of the spans, at a place known beforehand from its interval of queries alone
-(`layout.py`). A second kernel sums them up, and the window's kernel, which is a plain sliding window, adds the sum to its own
-result. Every sum has a fixed order: the same input gives the same bits.
+(`layout.py`). A second kernel sums them up, and the window's kernel, which is a plain sliding window, adds that to its
+own result. Every sum has a fixed order: the same input gives the same bits.
 """
 
 import triton
@@ -23,10 +23,7 @@ def _accumulate(
     grad_k, grad_v, grad_u = state
     q_tile, do_tile, lse_row, delta_row = rows
     logits = tl.dot(keys, tl.trans(q_tile), out_dtype=ACC, input_precision=PRECISION) * scale
-    if GATE == "key_value":
-        weights = tl.exp2(logits * gate - lse_row[None, :])
-    else:
-        weights = tl.exp2(logits - lse_row[None, :])
+    weights = tl.exp2((logits * gate if GATE == "key_value" else logits) - lse_row[None, :])
     if MASK:
         weights = tl.where(visible, weights, 0.0)
     gain = tl.dot(values, tl.trans(do_tile), out_dtype=ACC, input_precision=PRECISION)
@@ -37,7 +34,8 @@ def _accumulate(
         if GATE == "key_value":
             grad_gate += grad_logits * (logits / LOG2E)
             grad_logits *= gate
-        grad_u += tl.sum(tl.where((gate > 0.0) & (gate < 1.0), grad_gate, 0.0), 1)
+        # What is visible has a gate above 0: the k-th best score lies above tau.
+        grad_u += tl.sum(tl.where(gate < 1.0, grad_gate, 0.0), 1)
     else:
         gated = weights
         grad_logits = weights * (gain - delta_row[None, :])
@@ -49,24 +47,37 @@ def _accumulate(
 @triton.jit
 def _query_rows(
     tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
-    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, MASK: tl.constexpr,
+    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Rows that do not exist weigh nothing.
-
-    Without MASK all queries of the tile exist. What does not change from tile to tile stands apart from what does.
-    """
+    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Rows that do not exist weigh nothing."""
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
-    first, of_tile = (tile * BQ).to(tl.int64), tl.arange(0, BQ * GP) // GP
-    check: tl.constexpr = MASK or G != GP
+    q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
+    place = (batch * s + queries) * heads + head * G + member
+    do_tile = load_rows(grad_out + place * D, exists, D, BD, True)
+    row = (batch * heads + head * G + member) * s + queries
+    lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
+    return (q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)), queries
+
+
+@triton.jit
+def _whole_query_rows(
+    tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
+    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """`_query_rows` of a tile whose queries all exist: what does not change from tile to tile stands apart.
+
+    Saves a tenth of the window's kernel; `grad_selected_kernel`, short of registers, loses as much by it.
+    """
+    of_tile, member = tl.arange(0, BQ * GP) // GP, tl.arange(0, BQ * GP) % GP
+    first, exists = (tile * BQ).to(tl.int64), member < G
+    check: tl.constexpr = G != GP
     q_rows = q + batch * qb + head * G * qh + first * qs + (of_tile * qs + member * qh)
     q_tile = load_rows(q_rows, exists, D, BD, check)
     do_rows = grad_out + ((batch * s + first) * heads + head * G) * D + (of_tile * heads + member) * D
     do_tile = load_rows(do_rows, exists, D, BD, check)
     row = (batch * heads + head * G) * s + first + (member * s + of_tile)
-    if check:
-        lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
-        return (q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)), queries
-    return (q_tile, do_tile, tl.load(lse + row), tl.load(delta + row)), queries
+    lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
+    return q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)
 
 
 @triton.jit
@@ -100,11 +111,27 @@ def grad_selected_kernel(
     D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
     GATE: tl.constexpr, HAS_CARRY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of the pairs that a span's queries select: those selected when it begins, then those that join later."""
+    """One block of the pairs that a span's queries select: those selected when it begins, then those that join."""
     block, span = tl.program_id(0), tl.program_id(1)
     bg, batch, head = program_of(tl.program_id(2) + first_bg, g)
     entry, real, joined = _entries_of_block(
-        block, span, bg, alive, chosen, span_start, num_chunks, num_spans, num_blocks, s, t, S, window, K, CHUNK, SPAN, BN
+        block,
+        span,
+        bg,
+        alive,
+        chosen,
+        span_start,
+        num_chunks,
+        num_spans,
+        num_blocks,
+        s,
+        t,
+        S,
+        window,
+        K,
+        CHUNK,
+        SPAN,
+        BN,
     )
     high = tl.minimum(span * SPAN + SPAN, s)
     until = tl.minimum(tl.load(visible_until + bg * (S + t) + entry, mask=real, other=0), high)
@@ -123,31 +150,36 @@ def grad_selected_kernel(
     # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads.
     for step in tl.range(0, gated - first):
         rows, queries = _query_rows(
-            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, False
+            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
     if GATE != "none":
         for step in tl.range(0, general - gated):
             rows, queries = _query_rows(
-                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, False
+                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
             )
             tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
             gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
             state = _accumulate(keys, values, rows, scale, gate, 1, state, GATE, False, ACC, PRECISION)
     for step in tl.range(0, last - general):
         rows, queries = _query_rows(
-            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, True
+            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
         visible = (joined[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
         gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
         state = _accumulate(keys, values, rows, scale, gate, visible, state, GATE, True, ACC, PRECISION)
 
-    grad_k, grad_v, grad_u = state
-    # A pair's rows begin with the span in which it became a candidate (carried pairs: with the first span).
     became = tl.where(entry < S, 0, tl.maximum(entry - S - (t - s) + window, 0)) // SPAN
     row = tl.load(first_row + bg * (S + t + 1) + entry, mask=real, other=0) + span - became
     row = tl.program_id(2).to(tl.int64) * num_rows + row
+    _store_rows(row, real, state, scale, rows_k, rows_v, rows_u, D, BD, GATE)
+
+
+@triton.jit
+def _store_rows(row, real, state, scale, rows_k, rows_v, rows_u, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr):
+    """One row per pair: a pair's rows begin with the span in which it became a candidate (carried: with the first)."""
+    grad_k, grad_v, grad_u = state
     width = tl.arange(0, BD)
     store = real[:, None] & (width < D)[None, :]
     tl.store(rows_k + row[:, None] * D + width[None, :], grad_k * (scale / LOG2E), mask=store)
@@ -161,7 +193,7 @@ def sum_rows_kernel(
     rows_k, rows_v, rows_u, first_row, chosen, span_start, grad_u, num_carried, S, t, num_spans, num_rows, first_bg,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, HAS_GATE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums the rows of one pair, in order, into its first row: carried pairs first, then all that were ever selected."""
+    """Sums the rows of one pair, in order, into its first row; carried pairs first, then all ever selected."""
     bg = (tl.program_id(1) + first_bg).to(tl.int64)
     index = tl.program_id(0)
     entry = index
@@ -218,19 +250,17 @@ def grad_window_kernel(
     begin = tl.minimum(tl.maximum(tl.cdiv(newest, BQ), first), last)
     end = tl.minimum(tl.maximum(tl.min(tl.where(real, until, s), 0) // BQ, begin), last)
     for step in tl.range(0, end - begin):
-        rows, queries = _query_rows(
-            begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, False
+        rows = _whole_query_rows(
+            begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
     for step in tl.range(0, last - first - (end - begin)):
         tile = first + step + tl.where(first + step < begin, 0, end - begin)
-        rows, queries = _query_rows(
-            tile, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, True
-        )
+        rows, queries = _query_rows(tile, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD)
         visible = (position[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         state = _accumulate(keys, values, rows, scale, 1.0, visible, state, "none", True, ACC, PRECISION)
 
-    sum_k, sum_v, unused = state
+    sum_k, sum_v = state[0], state[1]
     width = tl.arange(0, BD)
     begin = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
     was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > begin)

@@ -1,9 +1,9 @@
 """Backward, query-major: the gradient of the queries, and what the key-major backward needs of each query's whole row.
 
 With P the softmax, m the gates and gain_ij = P_ij (do_i . v_j), the gradient of a logit is m_ij gain_ij - P_ij delta_i,
-where delta_i = sum_j m_ij gain_ij. That is o_i . do_i where o was computed with the gates. `straight_through` computes o
-without them: its delta is o_i . do_i - sum_j (1 - m_ij) gain_ij, known only after all columns whose gate is below 1. So
-these come first, with two accumulators, sum m gain k and sum P k; the plain columns, nearly all, follow as ever.
+where delta_i = sum_j m_ij gain_ij. That is o_i . do_i where o was computed with the gates. `straight_through` computes
+o without them: its delta is o_i . do_i - sum_j (1 - m_ij) gain_ij, known only after all columns whose gate is below 1.
+So these come first, with two accumulators, sum m gain k and sum P k; the plain columns, nearly all, follow as ever.
 """
 
 import triton
@@ -26,17 +26,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _accumulate(
-    q_tile, do_tile, keys, values, lse_row, delta_row, gate, visible, scale, state,
-    GATE: tl.constexpr, STRAIGHT: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    rows, keys, values, gate, visible, scale, state, GATE: tl.constexpr, STRAIGHT: tl.constexpr,
+    MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds columns to (dq, sum of P k, missing delta, sum of the fractional gates' gradients); gate, visible [rows, BN]."""
+    """Adds columns to (dq, sum P k, missing delta, sum of fractional gates' gradients); gate, visible [rows, BN]."""
+    q_tile, do_tile, lse_row, delta_row = rows
     grad_q, mean_k, missing, sums = state
     logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
     gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
-    if GATE == "key_value":
-        weights = tl.exp2(logits * gate - lse_row[:, None])
-    else:
-        weights = tl.exp2(logits - lse_row[:, None])
+    weights = tl.exp2((logits * gate if GATE == "key_value" else logits) - lse_row[:, None])
     if MASK:
         weights = tl.where(visible, weights, 0.0)
     gain *= weights
@@ -53,16 +51,16 @@ def _accumulate(
         if GATE == "key_value":
             grad_gate += grad_logits * (logits / LOG2E)
             grad_logits *= gate
-        sums += tl.sum(tl.where((gate > 0.0) & (gate < 1.0), grad_gate, 0.0), 1)
+        # What is visible has a gate above 0: the k-th best score lies above tau.
+        sums += tl.sum(tl.where(gate < 1.0, grad_gate, 0.0), 1)
     grad_q = tl.dot(grad_logits.to(keys.dtype), keys, grad_q, out_dtype=ACC, input_precision=PRECISION)
     return grad_q, mean_k, missing, sums
 
 
 @triton.jit
-def _accumulate_plain(
-    q_tile, do_tile, keys, values, lse_row, delta_row, scale, grad, ACC: tl.constexpr, PRECISION: tl.constexpr
-):
+def _accumulate_plain(rows, keys, values, scale, grad, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """Adds columns without mask or gate to dq."""
+    q_tile, do_tile, lse_row, delta_row = rows
     logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
     gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
     weights = tl.exp2(logits * scale - lse_row[:, None]) * (gain - delta_row[:, None])
@@ -72,8 +70,8 @@ def _accumulate_plain(
 @triton.jit
 def grad_query_kernel(
     q, k, v, carry_k, carry_v, scores, tau, visible_until, plain_until, alive, num_alive, document_start, out, grad_out,
-    lse, delta, grad_sums, grad_q, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks, g,
-    K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    lse, delta, grad_sums, grad_q, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks,
+    g, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, GATE: tl.constexpr,
     STRAIGHT: tl.constexpr, HAS_CARRY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,6 +96,7 @@ def grad_query_kernel(
         document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BG,
     )  # fmt: skip
     zero = tl.zeros([BQ * GP], ACC)
+    rows = (q_tile, do_tile, lse_row, delta_row)
     state = (tl.zeros([BQ * GP, BD], ACC), tl.zeros([BQ * GP, BD], ACC), zero, zero)
     if GATE == "none":
         gated = plain
@@ -106,10 +105,7 @@ def grad_query_kernel(
             entry = tl.load(alive + plain + step * BG + tl.arange(0, BG))
             keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
             gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)
-            state = _accumulate(
-                q_tile, do_tile, keys, values, lse_row, delta_row, gate, 1, scale, state, GATE, STRAIGHT, False, ACC,
-                PRECISION,
-            )  # fmt: skip
+            state = _accumulate(rows, keys, values, gate, 1, scale, state, GATE, STRAIGHT, False, ACC, PRECISION)
     end = num_general(gated, count, oldest, middle, num_middle, tile, s, BQ)
     for low in tl.range(0, end, BG):
         real = low + tl.arange(0, BG) < end
@@ -123,21 +119,19 @@ def grad_query_kernel(
         gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
         gate = tl.where(queries[:, None] - position[None, :] < window, 1.0, gate)
         visible = (position[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
-        state = _accumulate(
-            q_tile, do_tile, keys, values, lse_row, delta_row, gate, visible, scale, state, GATE, STRAIGHT, True, ACC,
-            PRECISION,
-        )  # fmt: skip
+        state = _accumulate(rows, keys, values, gate, visible, scale, state, GATE, STRAIGHT, True, ACC, PRECISION)
     grad, mean_k, missing, sums = state
     if STRAIGHT:
         delta_row -= missing
         grad -= delta_row[:, None] * mean_k
+    rows = (q_tile, do_tile, lse_row, delta_row)
     for low in tl.range(0, num_middle, BN):
         keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
-        grad = _accumulate_plain(q_tile, do_tile, keys, values, lse_row, delta_row, scale, grad, ACC, PRECISION)
+        grad = _accumulate_plain(rows, keys, values, scale, grad, ACC, PRECISION)
     for low in tl.range(0, plain, BN):
         entry = tl.load(alive + low + tl.arange(0, BN))
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
-        grad = _accumulate_plain(q_tile, do_tile, keys, values, lse_row, delta_row, scale, grad, ACC, PRECISION)
+        grad = _accumulate_plain(rows, keys, values, scale, grad, ACC, PRECISION)
 
     width = tl.arange(0, BD)
     grad *= scale / LOG2E

@@ -18,7 +18,7 @@ _ACCUMULATE = {torch.float64: tl.float64}
 
 @dataclass(frozen=True)
 class Call:
-    """The tensors of one call, as the kernels take them. Legend in kernels/README.md; entries: carried scores, stream."""
+    """The tensors of one call, as the kernels take them. Legend: kernels/README.md; entries: carried scores, stream."""
 
     query: Tensor
     """[b, s, h, d]; d contiguous, as in key and value [b, t, g, d]."""

@@ -40,9 +40,9 @@ def tile_columns(
     """Where the kinds of columns begin and end; pointers are those of this (b, g).
 
     Returns:
-        `alive` of the chunk, how many it lists, how many of them are plain (a multiple of BN), and plain or gated (of BG
-        beyond the plain ones); the first position of the middle, and how many there are (a multiple of BN); the oldest
-        position of the window.
+        `alive` of the chunk, how many it lists, how many of them are plain (a multiple of BN), and plain or gated (so
+        many multiples of BG more); the first position of the middle, and how many there are (a multiple of BN); the
+        oldest position of the window.
     """
     chunk = tile * BQ // CHUNK
     low, high = tile * BQ, tl.minimum(tile * BQ + BQ, s)

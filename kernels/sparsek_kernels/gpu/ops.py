@@ -39,7 +39,14 @@ def attention(
     chunk = tiles_for(query.shape[-1], query.shape[2] // key.shape[2], query.element_size()).chunk
     found = Selection(
         *select_op(
-            scores.detach(), document_start, carry.scores.detach(), carry.positions, num_selected, window, support, chunk
+            scores.detach(),
+            document_start,
+            carry.scores.detach(),
+            carry.positions,
+            num_selected,
+            window,
+            support,
+            chunk,
         )
     )
     return attention_op(

@@ -25,7 +25,7 @@ class Tiles:
     chunk: int
     """B: queries that share one list of selected pairs."""
     span: int
-    """Queries over which the key-major backward sums a selected pair's gradient before it is written; a multiple of B."""
+    """Queries over which the key-major backward sums a selected pair's gradient before writing it; a multiple of B."""
     forward: Tile
     grad_query: Tile
     gated_columns: int
@@ -39,11 +39,11 @@ def tiles_for(head_dim: int, group_size: int, element_size: int) -> Tiles:
     if element_size > 2:
         narrow = Tile(32 if head_dim <= 128 else 16, 32, 4, 1)
         rows = Tile(max(narrow.rows, group_size), narrow.columns, 4, 1)
-        return Tiles(128, 512, rows, rows, 32, rows, rows)
+        return Tiles(128, 1024, rows, rows, 32, rows, rows)
     if head_dim <= 64:
         wide = Tile(128, 64, 4, 3)
-        return Tiles(128, 512, wide, wide, 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
+        return Tiles(128, 1024, wide, wide, 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
     if head_dim <= 128:
         wide = Tile(128, 64, 8, 3)
-        return Tiles(128, 512, wide, Tile(128, 64, 8, 2), 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
-    return Tiles(128, 512, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
+        return Tiles(128, 1024, wide, Tile(128, 64, 8, 2), 32, Tile(32, 64, 4, 2), Tile(32, 64, 4, 3))
+    return Tiles(128, 1024, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
