@@ -1,7 +1,7 @@
-"""The command line: `sparsek train | eval | generate | plan | doctor`.
+"""The command line: `sparsek train | eval | generate | sparsify | export | plan | doctor`.
 
-One line per error, and an exit code that tells its kind.
-Sub-commands are imported when they run, so that a mistyped command is told at once.
+One line per error, and an exit code that tells its kind. Sub-commands are imported when they run, so that a mistyped
+command is told at once.
 """
 
 from __future__ import annotations
@@ -63,12 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-sequences", type=int, default=0, help="held-out contexts to use (default: all)")
     evaluate.set_defaults(run=_evaluate)
 
-    generate = commands.add_parser("generate", help="continue a text with a trained run")
-    generate.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+    generate = commands.add_parser("generate", help="continue a text with a trained run or a converted model")
+    generate.add_argument("model", metavar="MODEL", help="folder of a run or of a converted model, or a hub id")
     generate.add_argument("--prompt", default="", help="text to continue")
     generate.add_argument("--max-new-tokens", type=int, default=200, help="length of the continuation (200)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
     generate.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    generate.add_argument("--show-kept", action="store_true", help="highlight what is kept of the prompt")
+    generate.add_argument("--kept-page", metavar="FILE", type=Path, help="write that as a web page")
     generate.set_defaults(run=_generate)
 
     doctor = commands.add_parser("doctor", help="check hosts, GPUs and links; start it as you would start train")
@@ -76,7 +78,22 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--timeout", type=float, default=20.0, help="seconds to wait for other ranks, per step (20)")
     doctor.set_defaults(run=_doctor)
 
-    for command in (train, plan, evaluate, generate, doctor):
+    sparsify = commands.add_parser("sparsify", help="give a pretrained model SPARSEK attention")
+    sparsify.add_argument("model", metavar="MODEL", help="folder or hub id of a dense transformers model")
+    sparsify.add_argument("--seed", type=int, default=0, help="of the new scorers (0)")
+    sparsify.add_argument("--no-attention-dropout", action="store_true", help="set the model's to 0 (GPT-2 has 0.1)")
+    sparsify.add_argument("--distill", metavar="TEXT", type=Path, help="fit the scorers to what it attends to here")
+    sparsify.add_argument("overrides", metavar="attention.key=value", nargs="*", help="the attention it gets")
+    sparsify.set_defaults(run=_sparsify)
+
+    export = commands.add_parser("export", help="write a run's newest checkpoint as a Hugging Face folder")
+    export.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
+    export.set_defaults(run=_export)
+    for command in (sparsify, export):
+        command.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write: new, or empty")
+        command.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the weights")
+
+    for command in (train, plan, evaluate, generate, sparsify, export, doctor):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -130,14 +147,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from sparsek_dist.commands.trained import generate_from_run
+    from sparsek_dist.commands.generate import generate_text
 
-    generate_from_run(
-        options.folder,
+    generate_text(
+        options.model,
         options.prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=options.seed,
+        show_kept=options.show_kept,
+        kept_page=options.kept_page,
     )
 
 
@@ -147,6 +166,26 @@ def _doctor(options: argparse.Namespace) -> int:
     from sparsek_dist.commands.doctor import doctor
 
     return doctor(options.folder, timeout=options.timeout)
+
+
+def _sparsify(options: argparse.Namespace) -> None:
+    from sparsek_dist.commands.sparsify import sparsify_folder
+
+    sparsify_folder(
+        options.model,
+        options.out,
+        options.overrides,
+        seed=options.seed,
+        attention_dropout_off=options.no_attention_dropout,
+        dtype=options.dtype,
+        distill=options.distill,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from sparsek_dist.commands.export import export_run
+
+    export_run(options.folder, options.out, dtype=options.dtype)
 
 
 def _known(error: Exception) -> SparsekError | None:

@@ -7,7 +7,8 @@ a network, a process group or a GPU, and none changes a value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +37,12 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    source: str | None = None
+    """Folder or hub id of a pretrained model to go on from, dense or converted; its shape is then not set here."""
+    rope: Literal["keep", "linear", "yarn"] = "keep"
+    """How the rotary positions of `source` are stretched to a longer `data.sequence_length`, if at all."""
     type: Literal["llama"] = "llama"
-    """Architecture, by its `model_type` in transformers; built from its config, trained from scratch."""
+    """Architecture of a model from scratch, by its `model_type` in transformers."""
     hidden_size: int = 128
     """Width of the residual stream."""
     intermediate_size: int = 384
@@ -76,6 +81,10 @@ class AttentionConfig:
     """Added to the score per token of position: above 0, newer pairs are preferred."""
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Implementation. `auto` takes the fastest that can run here and says which."""
+    full_layers: str = "none"
+    """Layers that stay dense: `none`, `every_other` (1, 3, 5, ...), or their indices, as in `0,5,11`."""
+    sliding_layers: Literal["keep", "replace"] = "keep"
+    """Layers that a pretrained model slides a window over: `keep` them so, or give them SPARSEK attention, too."""
 
     @property
     def support_size(self) -> int:
@@ -87,6 +96,18 @@ class AttentionConfig:
         """Newest tokens a query sees unconditionally; what a sequence-parallel shard must at least hold."""
         budget = self.num_selected + self.window
         return {"window": budget, "sink_window": budget - NUM_SINKS}.get(self.kind, self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    parameters: Literal["all", "scorer", "lora"] = "all"
+    """What learns: all weights, the scorers alone, or the scorers and low-rank updates (needs peft)."""
+    lora_rank: int = 16
+    """Rank of the updates."""
+    lora_alpha: int = 32
+    """The updates are scaled by lora_alpha / lora_rank."""
+    lora_layers: str = "all"
+    """Names of the linear layers that get one, as in `q_proj,v_proj`; `all` is every one in the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +193,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -205,30 +227,21 @@ class Config:
             )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file, then `key=value` in dotted form; all relations checked.
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file if any, then `key=value` in dotted form; all relations checked.
 
     Raises:
         ConfigError: naming the field, its value and the cure; several mistakes are listed one a line.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such configuration file (configs/ holds the ones that come with sparsek-dist)")
-    source = str(path)
-    try:
-        tree = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-        source = "command line"
-        _check_dotlist(overrides)
-        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.to_object(tree)
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{source}: {_explain(error)}") from error
-    assert isinstance(config, Config)
-    problems = relations.problems(config, flatten(config))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
+    tree = OmegaConf.structured(Config)
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"{path}: no such configuration file (configs/ holds those of sparsek-dist)")
+        with _explained(str(path)):
+            tree = OmegaConf.merge(tree, OmegaConf.load(path))
+    _check_dotlist(overrides)
+    with _explained("command line"):
+        return _checked(OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides))))
 
 
 def from_yaml(text: str) -> Config:
@@ -236,6 +249,12 @@ def from_yaml(text: str) -> Config:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text)))
     assert isinstance(config, Config)
     return config
+
+
+def attention_from(settings: Mapping[str, Any], *, source: str) -> AttentionConfig:
+    """Settings of the attention alone, from sparsify() or a model's config.json. ConfigError: begins with `source`."""
+    with _explained(source):
+        return _checked(OmegaConf.merge(OmegaConf.structured(Config), {"attention": dict(settings)})).attention
 
 
 def to_yaml(config: Config) -> str:
@@ -250,6 +269,25 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, entry.name)
         flat |= flatten(value, f"{prefix}{entry.name}.") if is_dataclass(value) else {prefix + entry.name: value}
     return flat
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{source}: {_explain(error)}") from error
+
+
+def _checked(tree: Any) -> Config:
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    problems = relations.problems(config, flatten(config))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def _check_dotlist(overrides: Sequence[str]) -> None:

@@ -49,6 +49,8 @@ AT_LEAST_ONE = frozenset(
         "model.num_query_heads",
         "parallel.sequence_degree",
         "train.accumulation_steps",
+        "tune.lora_alpha",
+        "tune.lora_rank",
         "train.keep_checkpoints",
         "train.log_every",
         "train.micro_batch_size",
@@ -57,7 +59,13 @@ AT_LEAST_ONE = frozenset(
     }
 )
 ABOVE_ZERO = frozenset(
-    {"attention.score_std", "model.init_std", "model.rope_theta", "optimizer.learning_rate", "parallel.timeout_minutes"}
+    {
+        "attention.score_std",
+        "model.init_std",
+        "model.rope_theta",
+        "optimizer.learning_rate",
+        "parallel.timeout_minutes",
+    }
 )
 ANY_SIGN = frozenset({"attention.slope"})
 
@@ -69,7 +77,10 @@ def problems(config: Config, flat: dict[str, Any]) -> list[str]:
         flat: dotted key -> value, of all settings.
     """
     # Relations between values that are wrong by themselves would only confuse.
-    return [*_ranges(flat)] or [*_model(config), *_sharding(config), *_attention(config), *_rest(config)]
+    if config.model.source is not None:
+        # The shape of a pretrained model is known when it is opened; models/build.py then asks for `sharding`.
+        return [*_ranges(flat)] or [*_source(config), *_attention(config), *_rest(config)]
+    return [*_ranges(flat)] or [*_model(config), *sharding(config), *_attention(config), *_rest(config)]
 
 
 def _ranges(flat: dict[str, Any]) -> Iterator[str]:
@@ -103,7 +114,15 @@ def _model(config: Config) -> Iterator[str]:
         yield f"model.head_dim = {model.head_dim} must be even for rotary positions: use {model.head_dim + 1}"
 
 
-def _sharding(config: Config) -> Iterator[str]:
+def _source(config: Config) -> Iterator[str]:
+    shaped = type(config.model)(source=config.model.source, rope=config.model.rope)
+    for name, value in vars(config.model).items():
+        if value != getattr(shaped, name):
+            yield f"model.{name} = {value} has no place beside model.source = {config.model.source}: leave it out"
+
+
+def sharding(config: Config) -> Iterator[str]:
+    """How the sequence is shared among ranks, given the shape of the model."""
     attention, model, degree = config.attention, config.model, config.parallel.sequence_degree
     if degree == 1:
         return
@@ -136,6 +155,16 @@ def _attention(config: Config) -> Iterator[str]:
             f"attention.num_selected + attention.window = {attention.num_selected + attention.window} leaves no window "
             "beside the first tokens that sink_window keeps: raise either"
         )
+    if not re.fullmatch(r"none|every_other|\d+(,\d+)*", attention.full_layers):
+        yield (
+            f"attention.full_layers = {attention.full_layers!r} is not a choice of layers: use none, every_other, or "
+            "indices such as 0,5,11"
+        )
+    elif attention.full_layers != "none" and config.parallel.sequence_degree > 1:
+        yield (
+            f"attention.full_layers = {attention.full_layers} cannot share a sequence over parallel.sequence_degree = "
+            f"{config.parallel.sequence_degree} ranks: set it to none, or the degree to 1"
+        )
     if attention.backend == "triton" and (hindrance := no_triton()):
         yield f"attention.backend = triton cannot run here: {hindrance}; use auto or torch"
     if attention.backend == "reference":
@@ -143,6 +172,12 @@ def _attention(config: Config) -> Iterator[str]:
 
 
 def _rest(config: Config) -> Iterator[str]:
+    if config.model.rope != "keep" and config.model.source is None:
+        yield f"model.rope = {config.model.rope} stretches a pretrained model: set model.source, or model.rope_theta"
+    if config.tune.parameters != "all" and config.model.source is None:
+        yield f"tune.parameters = {config.tune.parameters} would leave random weights as they are: set model.source"
+    elif config.tune.parameters == "scorer" and config.attention.kind != "sparsek":
+        yield f"tune.parameters = scorer leaves nothing to learn with attention.kind = {config.attention.kind}: use all"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
         yield f"run.name = {config.run.name!r} is not a plain folder name: use letters, digits, '.', '_' and '-'"
     if not 0 < config.data.held_out < 1:

@@ -21,6 +21,7 @@ SOLE_IMPORTERS = {
     ),
     "transformers": ("sparsek_dist/models/", "sparsek_dist/generation/"),
     "datasets": ("sparsek_dist/data/",),
+    "peft": ("sparsek_dist/models/lora.py",),
     "mpi4py": ("sparsek_dist/parallel/rendezvous.py",),
     "tensorboard": ("sparsek_dist/training/metrics.py",),
     "torch.utils.tensorboard": ("sparsek_dist/training/metrics.py",),

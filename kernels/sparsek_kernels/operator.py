@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsek_kernels.dispatch import no_triton
 from sparsek_kernels.threshold import solve_threshold
 
 
@@ -32,6 +33,11 @@ def sparsek(scores: Tensor, num_selected: int) -> Tensor:
         raise ValueError(f"scores must be a floating-point tensor [..., n], not {scores.dtype} {tuple(scores.shape)}")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("scores hold NaN or infinity: SPARSEK needs finite scores")
+    if scores.is_cuda and no_triton() is None:
+        # Imported here, as triton exists for few platforms and nothing else needs it.
+        from sparsek_kernels.gpu.operator import project
+
+        return project(scores, num_selected)
     return _Sparsek.apply(scores, num_selected)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from sparsek_dist.attention.exchange import received_per_layer
 from sparsek_dist.attention.parallel import Budget
 from sparsek_dist.config import Config
-from sparsek_dist.models import count_parameters
+from sparsek_dist.models.build import count_parameters, with_shape
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.training.engine import Precision, deepspeed_config, resolve_precision
 
@@ -35,6 +35,7 @@ def plan(config: Config, world_size: int | None, *, on_gpu: bool) -> None:
     settings = deepspeed_config(config, size, precision=precision)
     vocab_size = len(load_tokenizer(config.data.tokenizer))
     parameters = count_parameters(config, vocab_size=vocab_size)
+    config = with_shape(config, vocab_size=vocab_size)
     console = Console(highlight=False)
     for title, rows in (
         ("processes", _mesh_rows(config, size)),
@@ -76,7 +77,7 @@ def _model_rows(config: Config, parameters: int, vocab_size: int, precision: Pre
     if attention.kind != "full":
         kind = f"{attention.kind}, {attention.num_selected} + {attention.window} pairs per query"
     return [
-        ("parameters", f"{parameters:,} in {precision}"),
+        ("parameters", f"{parameters:,} that learn, in {precision}"),
         ("vocabulary", f"{vocab_size:,} ({config.data.tokenizer})"),
         ("layers", str(config.model.num_layers)),
         ("attention", kind),

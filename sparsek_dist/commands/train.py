@@ -26,6 +26,7 @@ from sparsek_dist.evaluation.trigram import trigram_bits_per_byte
 from sparsek_dist.models import build_model
 from sparsek_dist.models.export import export_model
 from sparsek_dist.models.observe import observe
+from sparsek_dist.models.source import check_tokenizer
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.parallel.mesh import Mesh, build_mesh
 from sparsek_dist.parallel.rendezvous import discover, initialize, shutdown
@@ -50,6 +51,7 @@ def train(config: Config) -> None:
     # Only to refuse what DeepSpeed would not take, before any work is done.
     deepspeed_config(config, ranks.world_size, precision="float32")
     tokenizer = load_tokenizer(config.data.tokenizer)
+    check_tokenizer(config, tokenizer)
     # Before the process group exists: no collective can time out while a large corpus is tokenised.
     corpus = prepare(config.data, tokenizer, seed=config.run.seed, progress=ranks.rank == 0)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)

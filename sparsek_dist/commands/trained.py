@@ -1,14 +1,12 @@
-"""`sparsek eval` and `sparsek generate`: a trained run, in one process, without DeepSpeed and without pickle."""
+"""`sparsek eval`, and how a trained run is opened: in one process, without DeepSpeed and without pickle."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from sparsek_dist.config import Config, from_yaml
 from sparsek_dist.data.corpus import prepare
@@ -17,8 +15,7 @@ from sparsek_dist.data.packing import Contexts
 from sparsek_dist.errors import CheckpointError
 from sparsek_dist.evaluation.perplexity import byte_counter, evaluate
 from sparsek_dist.evaluation.trigram import trigram_bits_per_byte
-from sparsek_dist.generation.generate import generate
-from sparsek_dist.models import build_model
+from sparsek_dist.models.pretrained import is_sparsek, load_dense, load_pretrained, read_spec
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.parallel.mesh import Mesh, RankGroup
 from sparsek_dist.training.checkpoint_names import newest_model
@@ -51,19 +48,6 @@ def evaluate_run(folder: Path, *, max_sequences: int) -> None:
         console.print(f"trigram model  {trigram:.4f} bits per byte, on the same text")
 
 
-def generate_from_run(folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Prints the prompt and its continuation by the newest checkpoint, as it is written."""
-    _, model, tokenizer = load_run(folder)
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    write(prompt)
-    generate(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, write=write)
-    write("\n")
-
-
 def load_run(folder: Path) -> tuple[Config, Any, Any]:
     """Settings, model (evaluation mode, on the GPU if there is one) and tokenizer of a run's newest checkpoint.
 
@@ -80,16 +64,10 @@ def load_run(folder: Path) -> tuple[Config, Any, Any]:
         raise CheckpointError(f"{weights.parent} is damaged: {damage[0]}. Delete it to use an older one")
     # The built-in tokenizer is rebuilt; others are read from the checkpoint, so the hub is not needed again.
     tokenizer = load_tokenizer("bytes" if config.data.tokenizer == "bytes" else str(weights))
-    model: Any = build_model(config, Mesh(), vocab_size=len(tokenizer))
-    state = load_file(weights / "model.safetensors")
-    # A tied matrix is stored under one of its names.
-    tied = set(model.state_dict()) - set(state)
-    problems = model.load_state_dict(state, strict=False)
-    model.tie_weights()
-    if problems.unexpected_keys or not tied <= set(getattr(model, "all_tied_weights_keys", {})):
-        raise CheckpointError(
-            f"{weights} does not fit {settings}: unexpected {problems.unexpected_keys}, missing {sorted(tied)}"
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = next(iter(state.values())).dtype
-    return config, model.to(device=device, dtype=dtype).eval(), tokenizer
+    spec = read_spec(weights)
+    if is_sparsek(spec) != (config.attention.kind != "full"):
+        raise CheckpointError(f"{weights} does not fit {settings}: it was written by another version")
+    model: Any = load_pretrained(weights, backend=config.attention.backend) if is_sparsek(spec) else load_dense(weights)
+    # Evaluation sees whole contexts; generation asks for its cache.
+    model.config.use_cache = False
+    return config, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer

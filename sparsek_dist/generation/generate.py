@@ -1,4 +1,8 @@
-"""Continues a prompt, token by token, and hands each piece of text on as soon as it is known."""
+"""Continues a prompt, token by token, and hands each piece of text on as soon as it is known.
+
+transformers' generate() does the work. Its cache is of constant size for a model with SPARSEK attention, so a token
+costs the same however long the text is; see models/cache.py.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +43,7 @@ def generate(
         raise ConfigError(f"--max-new-tokens = {max_new_tokens} must be at least 1")
     if temperature < 0:
         raise ConfigError(f"--temperature = {temperature} must not be negative: 0 takes the likeliest token")
-    # As in training, where every document begins with it.
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    tokens = [first, *tokenizer.encode(prompt, add_special_tokens=False)]
+    tokens = prompt_tokens(tokenizer, prompt)
     streamer = _Streamer(tokenizer, write)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     with torch.random.fork_rng(devices=_gpus(model.device)):
@@ -51,12 +53,17 @@ def generate(
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
-            # SPARSEK attention keeps no growing cache; each token costs one pass over the text so far.
-            use_cache=False,
+            use_cache=True,
             streamer=streamer,
             **sampling,
         )
     return streamer.text
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of a prompt, after the token that every document began with in training."""
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [first, *tokenizer.encode(prompt, add_special_tokens=False)]
 
 
 class _Streamer:

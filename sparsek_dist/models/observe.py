@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsek_dist.attention.parallel import Budget
-from sparsek_dist.models.adapter import attention_modules
+from sparsek_dist.models.families import attention_modules
 from sparsek_dist.parallel.comm import gather
 from sparsek_dist.parallel.layout import unshard
 from sparsek_dist.parallel.mesh import RankGroup
@@ -38,9 +38,11 @@ def observe(
     Returns:
         `selection/layer_00/...` -> number and -> figure; empty for a model without a selection.
     """
-    modules = attention_modules(getattr(model, "module", model))
-    if not hasattr(modules[0], "parallel_attention"):
+    layers = enumerate(attention_modules(getattr(model, "module", model)))
+    chosen_layers = {i: module for i, module in layers if getattr(module, "layer_kind", "full") == "sparsek"}
+    if not chosen_layers:
         return {}, {}
+    modules = list(chosen_layers.values())
     budget: Budget = modules[0].parallel_attention.budget
     if budget.num_selected == 0:
         return {}, {}
@@ -49,7 +51,7 @@ def observe(
     starts = torch.arange(positions.shape[1], device=positions.device) - positions
     numbers: dict[str, float] = {}
     figures: dict[str, Figure] = {}
-    for index, layer in enumerate(scores):
+    for index, layer in zip(chosen_layers, scores, strict=True):
         chosen = select(
             layer.transpose(1, 2),
             num_selected=budget.num_selected,

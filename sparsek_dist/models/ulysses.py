@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from sparsek_dist.attention.ulysses import UlyssesAttention
 from sparsek_dist.errors import ConfigError
-from sparsek_dist.models.adapter import attention_modules
+from sparsek_dist.models.families import attention_modules
 from sparsek_dist.parallel.mesh import RankGroup
 
 NAME = "ulysses"

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparsek_dist.config import AttentionConfig, Config, DataConfig, ModelConfig
-from sparsek_dist.errors import ConfigError, NumericsError
+from sparsek_dist.errors import NumericsError
 from sparsek_dist.models import build_model, count_parameters
-from sparsek_dist.models.adapter import attention_modules, install
-from sparsek_dist.parallel.mesh import Mesh, RankGroup
+from sparsek_dist.models.families import attention_modules
+from sparsek_dist.parallel.mesh import Mesh
 
 VOCABULARY = 13
 SMALL = ModelConfig(hidden_size=18, intermediate_size=24, num_layers=2, num_query_heads=6, num_kv_heads=2, head_dim=4)
@@ -103,31 +102,3 @@ def test_nan_scores_end_with_the_layer_named():
         attention_modules(model)[1].scorer.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="layer 1: attention scores hold NaN"):
         _logits(model, _tokens(20))
-
-
-def test_padding_is_refused():
-    mask = torch.ones(2, 20, dtype=torch.long)
-    mask[0, :3] = 0
-    with pytest.raises(ConfigError, match="pack documents"):
-        _model()(input_ids=_tokens(20), attention_mask=mask)
-
-
-def test_a_growing_cache_is_refused():
-    model = _model()
-    cache = model(input_ids=_tokens(20), use_cache=True).past_key_values
-    with pytest.raises(ConfigError, match="use_cache=False"):
-        model(input_ids=_tokens(1), past_key_values=cache, use_cache=True)
-
-
-def test_unsupported_models_are_refused_with_the_list():
-    spec = AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=2, vocab_size=VOCABULARY)
-    with pytest.raises(ConfigError, match=r"model.type = gpt2 is not supported: use llama"):
-        install(AutoModelForCausalLM.from_config(spec), AttentionConfig(), RankGroup(), seed=0)
-
-
-def test_attention_dropout_is_refused():
-    spec = AutoConfig.for_model(
-        "llama", hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, attention_dropout=0.1
-    )
-    with pytest.raises(ConfigError, match=r"attention_dropout = 0.1"):
-        install(AutoModelForCausalLM.from_config(spec), AttentionConfig(), RankGroup(), seed=0)

@@ -7,7 +7,7 @@ import torch
 
 from sparsek_dist.config import AttentionConfig, Config, ModelConfig
 from sparsek_dist.models import build_model
-from sparsek_dist.models.adapter import attention_modules
+from sparsek_dist.models.families import attention_modules
 from sparsek_dist.models.observe import observe
 from sparsek_dist.parallel.mesh import Mesh
 from sparsek_kernels.reference import selection_reference

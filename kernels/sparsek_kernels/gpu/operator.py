@@ -127,7 +127,7 @@ def _backward(gates, grad, grad_scores, n, BLOCK: tl.constexpr):
         tl.store(grad_scores + index, found.to(grad_scores.dtype.element_ty), mask=index < n)
 
 
-@torch.library.custom_op("sparsek_kernels::project", mutates_args=())
+@torch.library.custom_op("sparsek::project", mutates_args=())
 def project(scores: Tensor, num_selected: int) -> Tensor:
     """`sparsek` on a CUDA device (or in Triton's interpreter), to rounding: see there for arguments and gradient.
 
@@ -149,7 +149,7 @@ def project(scores: Tensor, num_selected: int) -> Tensor:
     return gates
 
 
-@torch.library.custom_op("sparsek_kernels::project_backward", mutates_args=())
+@torch.library.custom_op("sparsek::project_backward", mutates_args=())
 def project_backward(gates: Tensor, grad: Tensor) -> Tensor:
     """(Diag(s) - s s^T / |s|) grad with s = 1{0 < gate < 1}, row by row; both [..., n]."""
     gates, grad = gates.contiguous(), grad.contiguous()
