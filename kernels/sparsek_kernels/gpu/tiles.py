@@ -37,9 +37,9 @@ class Tiles:
 def tiles_for(head_dim: int, group_size: int, element_size: int) -> Tiles:
     """Chosen by head width and bytes per element; measured on one H200 (benchmarks/results)."""
     if element_size > 2:
-        narrow = Tile(32 if head_dim <= 128 else 16, 32, 4, 1)
+        narrow = Tile(16, 16, 4, 1)
         rows = Tile(max(narrow.rows, group_size), narrow.columns, 4, 1)
-        return Tiles(128, 1024, rows, rows, 32, rows, rows)
+        return Tiles(128, 1024, rows, rows, 16, rows, rows)
     if head_dim <= 64:
         wide = Tile(128, 64, 4, 3)
         return Tiles(128, 1024, wide, wide, 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))

@@ -1,0 +1,45 @@
+"""Every shipped configuration of the attention kernels fits the GPUs: compiled for them here, without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels.compile_only import MOST_SHARED
+
+KERNELS = {"forward_kernel", "grad_query_kernel", "grad_selected_kernel", "sum_rows_kernel", "grad_window_kernel"}
+MOST_SPILLED = 640
+"""Bytes of local memory per thread that measured best on an H200: larger tiles that spill less were slower."""
+
+QUICK = [(128, 4, "bfloat16", 90, "straight_through", "")]
+SLOW = [
+    (128, 4, "bfloat16", 80, "straight_through", ""), (128, 4, "bfloat16", 90, "key_value", "carry"),
+    (128, 1, "float16", 90, "value", "carry"), (64, 1, "bfloat16", 90, "straight_through", ""),
+    (64, 4, "bfloat16", 80, "key_value", "carry"), (80, 3, "bfloat16", 90, "straight_through", "carry"),
+    (96, 8, "bfloat16", 90, "none", ""), (256, 2, "bfloat16", 90, "straight_through", ""),
+    (256, 1, "bfloat16", 80, "value", "carry"), (32, 8, "float16", 90, "straight_through", ""),
+    (128, 32, "bfloat16", 90, "straight_through", ""), (128, 4, "float32", 90, "straight_through", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)], ids=str)
+def test_kernels_fit(setting: tuple) -> None:
+    *_, arch, _, _ = setting
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "tests.kernels.launches", *(str(x) for x in setting if x)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == KERNELS
+    for name, resources in found.items():
+        assert resources["shared"] <= MOST_SHARED[arch], name
+        # Exact float32 products need no tensor cores and take registers instead.
+        assert resources["spills"] <= MOST_SPILLED or "float32" in setting, (name, resources)
+        assert name == "sum_rows_kernel" or "float32" in setting or resources["copies"] > 0, (
+            name,
+            "loads do not overlap",
+        )
