@@ -61,7 +61,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("override", "message"), WRONG.items(), ids=list(WRONG))
-def test_each_wrong_setting_gets_its_own_message(override, message):
+def test_each_wrong_setting_gets_its_own_message(override, message, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=message):
         load(ROOT / "configs" / "quickstart.yaml", [override])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,11 +59,21 @@ def sparsek_attention(
     Raises:
         ValueError: naming the argument that cannot work; for NaN or infinite scores; for a backend that cannot run.
     """
-    check_attention(query, key, value, scores, num_selected=num_selected, window=window, support=support, gate=gate)
+    check_attention(
+        query,
+        key,
+        value,
+        scores,
+        num_selected=num_selected,
+        window=window,
+        support=support,
+        gate=gate,
+        scale=scale,
+    )
     check_finite(scores)
     starts = document_starts(document_ids, query)
     support = DEFAULT_SUPPORT_RATIO * num_selected if support is None else support
-    chosen = resolve(backend, query, key.shape[2])
+    chosen = resolve(backend, query, key.shape[2], num_selected)
     if chosen == "reference":
         return attention_reference(
             query,
@@ -77,10 +89,13 @@ def sparsek_attention(
         )
     # No token has more than s candidates, so a larger k or S selects the same: keep the tables small.
     s = query.shape[1]
-    num_selected, support = min(num_selected, s), min(support, s)
     if chosen == "triton":
+        # Kernels are compiled for a k: a power of two, so that not every length below k compiles its own.
+        most = 1 << (s - 1).bit_length()
+        num_selected, support = min(num_selected, most), min(support, most)
         nothing = empty_carry(key, _precise(scores), num_selected=0, support=0)
         return _run_triton(query, key, value, scores, nothing, starts, num_selected, window, support, gate, scale)
+    num_selected, support = min(num_selected, s), min(support, s)
     carry = empty_carry(key, _precise(scores), num_selected=num_selected, support=support)
     pad = (0, 0, 0, 0, window - 1, 0)
     return _run(query, F.pad(key, pad), F.pad(value, pad), F.pad(scores, pad[2:]), carry, starts, window, gate, scale)
@@ -103,7 +118,7 @@ def shard_attention(
 
     Args:
         query: [b, s, h, d].
-        key: [b, w - 1 + s, g, d]: the w - 1 tokens before the shard (anything where there are none), then the shard;
+        key: [b, w - 1 + s, g, d]: the w - 1 tokens before the shard (anything finite where there are none), then it;
             likewise value.
         scores: [b, w - 1 + s, g], finite: the caller has looked, as it can say which layer they come from.
         carry: summary of all earlier candidates; its shapes give k and S.
@@ -119,9 +134,10 @@ def shard_attention(
         window=window,
         support=support,
         gate=gate,
+        scale=scale,
         halo=window - 1,
     )
-    chosen = resolve(backend, query, key.shape[2])
+    chosen = resolve(backend, query, key.shape[2], num_selected)
     if chosen == "reference":
         raise ValueError("backend = 'reference' works on whole sequences only: use 'auto' or 'torch' for shards")
     if chosen == "triton":
@@ -163,11 +179,16 @@ def _run_triton(
     # Imported here, as triton exists for few platforms and nothing else needs it.
     from sparsek_kernels.gpu.ops import attention
 
+    # The kernels know two precisions: that of the pairs, and the one they accumulate in.
+    precise = torch.promote_types(query.dtype, torch.float32)
+    carry = replace(
+        carry, scores=carry.scores.to(precise), key=carry.key.to(key.dtype), value=carry.value.to(key.dtype)
+    )
     return attention(
         query,
         key,
         value,
-        _precise(scores),
+        scores.to(precise),
         carry,
         document_start,
         num_selected=num_selected,

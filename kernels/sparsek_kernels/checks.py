@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ def check_attention(
     window: int,
     support: int | None,
     gate: str,
+    scale: float | None = None,
     halo: int = 0,
 ) -> None:
     """Shapes, dtypes and sizes; `halo` is how many keys precede the first query."""
@@ -52,6 +54,8 @@ def check_attention(
         raise ValueError(
             f"support = {support} must exceed num_selected = {num_selected}, or every gate is 1 and no score learns"
         )
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale = {scale} must be a positive number: logits are scaled by it")
     if gate not in get_args(Gate):
         raise ValueError(f"gate = {gate!r} must be one of {', '.join(get_args(Gate))}")
 

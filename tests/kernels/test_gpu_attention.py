@@ -121,7 +121,8 @@ def test_gradcheck() -> None:
     def attend(*tensors: Tensor) -> Tensor:
         return sparsek_attention(*tensors, num_selected=k, window=window, support=7, gate="value", backend="triton")
 
-    assert torch.autograd.gradcheck(attend, leaves, nondet_tol=0.0)
+    # Along random directions: every entry apart would take minutes in the interpreter.
+    assert torch.autograd.gradcheck(attend, leaves, nondet_tol=0.0, fast_mode=True)
 
 
 def op_arguments() -> tuple:

@@ -71,7 +71,7 @@ def _whole_query_rows(
     of_tile, member = tl.arange(0, BQ * GP) // GP, tl.arange(0, BQ * GP) % GP
     first, exists = (tile * BQ).to(tl.int64), member < G
     check: tl.constexpr = G != GP
-    q_rows = q + batch * qb + head * G * qh + first * qs + (of_tile * qs + member * qh)
+    q_rows = q + batch * qb + head * G * qh + first * qs + (of_tile * qs + member.to(tl.int64) * qh)
     q_tile = load_rows(q_rows, exists, D, BD, check)
     do_rows = grad_out + ((batch * s + first) * heads + head * G) * D + (of_tile * heads + member) * D
     do_tile = load_rows(do_rows, exists, D, BD, check)

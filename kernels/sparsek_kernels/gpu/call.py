@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,17 +106,17 @@ def new_call(
     h, d, g = query.shape[2], query.shape[3], key.shape[2]
     tau, visible_until, fractional_from, alive = selection
     return Call(
-        query=_rows(query),
-        key=_rows(key),
-        value=_rows(value),
+        query=contiguous_rows(query),
+        key=contiguous_rows(key),
+        value=contiguous_rows(value),
         carry_key=carry[0].contiguous(),
         carry_value=carry[1].contiguous(),
         scores=torch.cat([carry[2], scores.transpose(1, 2)], dim=-1),
         tau=tau.contiguous(),
-        visible_until=visible_until.to(torch.int32),
-        fractional_from=fractional_from.to(torch.int32),
+        visible_until=visible_until.to(torch.int32).contiguous(),
+        fractional_from=fractional_from.to(torch.int32).contiguous(),
         alive=alive.to(torch.int32).contiguous(),
-        document_start=document_start.clamp_min(ANYWHERE).to(torch.int32),
+        document_start=document_start.clamp_min(ANYWHERE).to(torch.int32).contiguous(),
         window=window,
         gate=gate,
         scale=scale,
@@ -123,6 +124,11 @@ def new_call(
     )
 
 
-def _rows(x: Tensor) -> Tensor:
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
     """As it is, if neighbouring numbers of a head are neighbours in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()

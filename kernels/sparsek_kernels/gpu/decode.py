@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsek_kernels.gpu.call import on_device_of
 from sparsek_kernels.gpu.decode_state import decide, update
 
 if TYPE_CHECKING:
@@ -239,11 +240,12 @@ def decode_step_triton(
     out = query.new_empty(b, 1, h, d)
     partial_out = query.new_empty(b * h * splits * d, dtype=torch.float32)
     partial_norm = query.new_empty(2 * b * h * splits, dtype=torch.float32)
-    _step[(b * g * splits,)](
-        query, key, value, scores, out, partial_out, partial_norm, scale * 1.4426950408889634,
-        state.key, state.value, state.scores, state.selected_positions, state.support_scores, state.support_positions,
-        state.length, state.document_start, state.arrivals, g, splits, split_rows,
-        query.stride(0), query.stride(2), key.stride(0), key.stride(2), value.stride(0), value.stride(2),
-        scores.stride(0), scores.stride(2), **sizes, num_warps=8 if state.support > 4096 else 4, num_stages=3,
-    )  # fmt: skip
+    with on_device_of(query):
+        _step[(b * g * splits,)](
+            query, key, value, scores, out, partial_out, partial_norm, scale * 1.4426950408889634,
+            state.key, state.value, state.scores, state.selected_positions, state.support_scores,
+            state.support_positions, state.length, state.document_start, state.arrivals, g, splits, split_rows,
+            query.stride(0), query.stride(2), key.stride(0), key.stride(2), value.stride(0), value.stride(2),
+            scores.stride(0), scores.stride(2), **sizes, num_warps=8 if state.support > 4096 else 4, num_stages=3,
+        )  # fmt: skip
     return out

@@ -58,10 +58,16 @@ def rows_of_selected(
 def running_sum(x: Tensor, *, tile: int = 512) -> Tensor:
     """[..., n] -> [..., n + 1]: what comes before each element, and the total; the same bits every time.
 
-    In two steps, within tiles and over tiles: few long rows would leave most of a GPU idle, and a scan over flat memory
-    adds in an order that differs from run to run.
+    Within tiles, then over their totals: few long rows would leave most of a GPU idle, and a scan over flat memory adds
+    in an order that differs from run to run. For numbers that round, torch has no deterministic cumsum on CUDA devices:
+    there the scan of a tile is a product with a triangle of ones.
     """
     n = x.shape[-1]
-    tiles = F.pad(x, (0, -n % tile)).unflatten(-1, (-1, tile)).cumsum(-1, dtype=x.dtype)
-    totals = F.pad(tiles[..., -1].cumsum(-1, dtype=x.dtype), (1, 0))[..., :-1]
-    return F.pad((tiles + totals.unsqueeze(-1)).flatten(-2)[..., :n], (1, 0))
+    tiles = F.pad(x, (0, -n % tile)).unflatten(-1, (-1, tile))
+    if x.is_floating_point():
+        within = tiles @ torch.ones(tile, tile, dtype=x.dtype, device=x.device).triu()
+    else:
+        within = tiles.cumsum(-1, dtype=x.dtype)
+    if within.shape[-2] > 1:
+        within = within + running_sum(within[..., -1], tile=tile)[..., :-1].unsqueeze(-1)
+    return F.pad(within.flatten(-2)[..., :n], (1, 0))

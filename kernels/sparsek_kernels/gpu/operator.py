@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsek_kernels.gpu.call import on_device_of
+
 BLOCK = 2048
 """Entries of a row that are worked on at once."""
 
@@ -145,7 +147,8 @@ def project(scores: Tensor, num_selected: int) -> Tensor:
         return gates.fill_(float(num_selected > 0))
     if scores.numel() > 0:
         size, wide = min(BLOCK, triton.next_power_of_2(n)), scores.dtype == torch.float64
-        _forward[(scores.numel() // n,)](scores, gates, n, num_selected, BLOCK=size, WIDE=wide, num_warps=4)
+        with on_device_of(scores):
+            _forward[(scores.numel() // n,)](scores, gates, n, num_selected, BLOCK=size, WIDE=wide, num_warps=4)
     return gates
 
 
@@ -157,7 +160,8 @@ def project_backward(gates: Tensor, grad: Tensor) -> Tensor:
     n = gates.shape[-1]
     if gates.numel() > 0:
         size = min(BLOCK, triton.next_power_of_2(n))
-        _backward[(gates.numel() // n,)](gates, grad, grad_scores, n, BLOCK=size, num_warps=4)
+        with on_device_of(gates):
+            _backward[(gates.numel() // n,)](gates, grad, grad_scores, n, BLOCK=size, num_warps=4)
     return grad_scores
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsek_kernels.carry import Carry
 from sparsek_kernels.gpu import attention as kernels
-from sparsek_kernels.gpu.call import new_call
+from sparsek_kernels.gpu.call import new_call, on_device_of
 from sparsek_kernels.gpu.selection import select_gpu
 from sparsek_kernels.gpu.tiles import tiles_for
 from sparsek_kernels.selection import Selection
@@ -62,10 +62,11 @@ def select_op(
     window: int, support: int, chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`select_gpu` for scores [b, t, g]; the fields of Selection, in its order."""
-    found = select_gpu(
-        scores.transpose(1, 2).contiguous(), document_start, carry_scores, carry_positions,
-        num_selected=num_selected, window=window, support=support, chunk_size=chunk_size,
-    )  # fmt: skip
+    with on_device_of(scores):
+        found = select_gpu(
+            scores.transpose(1, 2).contiguous(), document_start, carry_scores, carry_positions,
+            num_selected=num_selected, window=window, support=support, chunk_size=chunk_size,
+        )  # fmt: skip
     return (
         found.tau, found.visible_until, found.fractional_from, found.fractional_until, found.num_fractional,
         found.support_size, found.selected_mass, found.alive,
@@ -93,12 +94,12 @@ def attention_op(
     num_fractional: Tensor, alive: Tensor, document_start: Tensor, window: int, gate: str, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [b, s, h, d] and log-sum-exp in base 2 [b, h, s]."""
-    return kernels.forward(
-        new_call(
-            query, key, value, scores, (carry_key, carry_value, carry_scores),
-            (tau, visible_until, fractional_from, alive), document_start, window, gate, scale,
-        )
+    call = new_call(
+        query, key, value, scores, (carry_key, carry_value, carry_scores), (tau, visible_until, fractional_from, alive),
+        document_start, window, gate, scale,
     )  # fmt: skip
+    with on_device_of(query):
+        return kernels.forward(call)
 
 
 @attention_op.register_fake
@@ -120,7 +121,8 @@ def attention_backward_op(
         query, key, value, scores, (carry_key, carry_value, carry_scores), (tau, visible_until, fractional_from, alive),
         document_start, window, gate, scale,
     )  # fmt: skip
-    return kernels.backward(call, out, lse, grad_out, fractional_until, num_fractional)
+    with on_device_of(query):
+        return kernels.backward(call, out, lse, grad_out, fractional_until, num_fractional)
 
 
 @attention_backward_op.register_fake

@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before they are imported."""
+"""Without a GPU the Triton kernels run in its interpreter, chosen before anything (transformers, say) imports it."""
 
 from __future__ import annotations
 
