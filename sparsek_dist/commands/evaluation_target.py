@@ -82,6 +82,7 @@ def _open_model(folder: Path, *, data: str | None, length: int | None, out: Path
     tokenizer = load_tokenizer(str(folder))
     is_bytes = tokenizer.get_vocab() == load_tokenizer(BYTES).get_vocab()
     model: Any = load_pretrained(folder) if is_sparsek(spec) else load_dense(folder)
+    model.config.use_cache = False
     length = length or min(LONGEST_DEFAULT, spec.max_position_embeddings)
     check_length(model, length, "--length")
     return Target(

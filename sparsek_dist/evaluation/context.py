@@ -81,7 +81,7 @@ def measure(
     Only targets whose document fills the whole context are compared by length, so that each has all of it to lose.
 
     Args:
-        model: in evaluation mode, in one process.
+        model: in evaluation mode, in one process, and set to work without a cache.
         batches: [b, n], all of the same n.
         label_bytes: from `perplexity.label_bytes`.
         device: where the model is.
@@ -144,7 +144,7 @@ def _compare(sums: np.ndarray, n: int) -> list[AtLength]:
 
 def _nats(model: Any, batch: Batch) -> Tensor:
     """Cross entropy of every target, float64 [b, n]; 0 where there is none."""
-    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
     precise = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(precise.transpose(1, 2), batch.labels, ignore_index=IGNORE, reduction="none").double()
 
