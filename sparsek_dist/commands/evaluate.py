@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from rich.console import Console
+from tqdm import tqdm
 
 from sparsek_dist.commands.evaluation_report import print_context_use, retrieval_table, write_results
 from sparsek_dist.commands.evaluation_target import Target, check_length, documents, hay
@@ -20,8 +20,6 @@ from sparsek_dist.evaluation.plots import plot_context_use, plot_retrieval
 from sparsek_dist.evaluation.retrieval import retrieve
 from sparsek_dist.evaluation.text import store_of
 from sparsek_dist.evaluation.trigram import trigram_bits_per_byte
-
-logger = logging.getLogger(__name__)
 
 
 def evaluate_text(target: Target, *, max_sequences: int) -> None:
@@ -46,7 +44,9 @@ def evaluate_text(target: Target, *, max_sequences: int) -> None:
     size = target.batch_size
     batches = list(evaluation_batches(contexts, batch_size=size, limit=max_sequences, data_rank=0, data_degree=1))
     of_each = label_bytes(target.tokenizer_name, store)
-    use = measure(target.model, batches, label_bytes=of_each, device=target.model.device)
+    use = measure(
+        target.model, tqdm(batches, unit="batch", disable=None), label_bytes=of_each, device=target.model.device
+    )
     trigram = None
     if train is not None:
         count = byte_counter(target.tokenizer_name, store)
@@ -102,14 +102,10 @@ def evaluate_retrieval(
     for length in lengths:
         # Too short a length is told before the first long one is computed.
         haystacks.sample(length, 0, 0)
-    cells = retrieve(
-        target.model,
-        haystacks,
-        lengths=lengths,
-        depths=depths,
-        samples=samples,
-        told=lambda cell: logger.info("%s", cell),
-    )
+    with tqdm(total=len(lengths) * len(depths), unit="cell", disable=None) as bar:
+        cells = retrieve(
+            target.model, haystacks, lengths=lengths, depths=depths, samples=samples, told=lambda _: bar.update()
+        )
     console.print(retrieval_table(task, cells, samples))
     settings = {"seed": seed, "needles": needles if task == "needles" else 1, "cells": [as_row(cell) for cell in cells]}
     numbers: dict[str, float] = {}

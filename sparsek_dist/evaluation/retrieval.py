@@ -38,7 +38,7 @@ def retrieve(
     lengths: Sequence[int],
     depths: Sequence[float],
     samples: int,
-    told: Callable[[Cell], None] = lambda cell: None,
+    told: Callable[[Cell], object] = lambda cell: None,
 ) -> list[Cell]:
     """One cell per length and depth, one sample at a time.
 
