@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from sparsek_dist.cli import main
+from sparsek_dist.cli import main, parse
 from sparsek_dist.models.pretrained import sparsify
 from sparsek_dist.models.tokenizer import load_tokenizer
 from tests.models.tiny import tiny_model
@@ -77,3 +79,11 @@ def test_a_list_that_is_none(folder, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["eval", str(folder), "--lengths", "512,many"])
     assert "--lengths" in capsys.readouterr().err
+
+
+def test_commands_of_the_documentation_exist() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    commands = re.findall(r"^sparsek (eval .*)$", text, re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        parse(command.split())
