@@ -12,8 +12,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsek_dist.config import load
 from sparsek_dist.errors import ConfigError, NumericsError, PeerError, SparsekError
@@ -58,9 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--world-size", type=int, help="processes (default: one sequence-parallel group)")
     plan.set_defaults(run=_plan)
 
-    evaluate = commands.add_parser("eval", help="measure a trained run on its held-out text")
-    evaluate.add_argument("folder", metavar="RUN", type=Path, help="folder of the run")
-    evaluate.add_argument("--max-sequences", type=int, default=0, help="held-out contexts to use (default: all)")
+    evaluate = commands.add_parser("eval", help="measure a trained run or a converted model")
+    _add_evaluation(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     generate = commands.add_parser("generate", help="continue a text with a trained run or a converted model")
@@ -103,6 +103,29 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", metavar="key=value", nargs="*", help="settings that go before the file's")
 
 
+def _add_evaluation(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="RUN_OR_FOLDER", type=Path, help="folder of a run, or of a model")
+    command.add_argument("--task", choices=("perplexity", "passkey", "needles"), default="perplexity")
+    command.add_argument("--data", metavar="PATH", help="text, as data.path (default: what the run has held out)")
+    command.add_argument("--max-sequences", type=int, default=0, help="contexts to use (default: all)")
+    command.add_argument("--length", type=int, help="tokens of a context (default: the run's, or 2048 at most)")
+    command.add_argument("--lengths", type=_numbers(int), default=[512, 1024], help="of passkey, needles (512,1024)")
+    command.add_argument("--depths", type=_numbers(float), default=[0, 0.25, 0.5, 0.75, 1], help="of the needle")
+    command.add_argument("--samples", type=int, default=4, help="per length and depth (4)")
+    command.add_argument("--needles", type=int, default=4, help="in one text, of which one is asked for (4)")
+    command.add_argument("--seed", type=int, default=0, help="of passkey, needles (0)")
+    command.add_argument("--out", metavar="DIR", type=Path, help="where results go (default: RUN_OR_FOLDER)")
+
+
+def _numbers(kind: type) -> Callable[[str], list[Any]]:
+    """For argparse: `512,1024` -> [512, 1024]."""
+
+    def numbers(words: str) -> list[Any]:
+        return [kind(word) for word in words.split(",")]
+
+    return numbers
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """argparse stops taking overrides at the first option; those after it are handed over here."""
     parser = build_parser()
@@ -141,9 +164,24 @@ def _plan(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     if options.max_sequences < 0:
         raise ConfigError(f"--max-sequences = {options.max_sequences} must not be negative: 0 uses all")
-    from sparsek_dist.commands.trained import evaluate_run
+    if options.length is not None and options.length < 2:
+        raise ConfigError(f"--length = {options.length} must be at least 2 tokens")
+    from sparsek_dist.commands import evaluate
+    from sparsek_dist.commands.evaluation_target import open_target
 
-    evaluate_run(options.folder, max_sequences=options.max_sequences)
+    target = open_target(options.folder, data=options.data, length=options.length, out=options.out)
+    if options.task == "perplexity":
+        evaluate.evaluate_text(target, max_sequences=options.max_sequences)
+        return
+    evaluate.evaluate_retrieval(
+        target,
+        options.task,
+        lengths=options.lengths,
+        depths=options.depths,
+        samples=options.samples,
+        needles=options.needles,
+        seed=options.seed,
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -25,7 +25,11 @@ SOLE_IMPORTERS = {
     "mpi4py": ("sparsek_dist/parallel/rendezvous.py",),
     "tensorboard": ("sparsek_dist/training/metrics.py",),
     "torch.utils.tensorboard": ("sparsek_dist/training/metrics.py",),
-    "matplotlib": ("sparsek_dist/models/observe.py", "sparsek_dist/training/metrics.py"),
+    "matplotlib": (
+        "sparsek_dist/evaluation/plots.py",
+        "sparsek_dist/models/observe.py",
+        "sparsek_dist/training/metrics.py",
+    ),
 }
 
 LONGEST_FILE, LONGEST_FUNCTION = 320, 70

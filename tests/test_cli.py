@@ -173,7 +173,9 @@ def test_train_resume_eval_generate(settings, tmp_path, capsys) -> None:
     assert main(["eval", str(folder)]) == 0
     # The same text as at the end of training, through another program path: weights from model/, no DeepSpeed.
     shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("bits per byte"))
-    assert float(shown.split()[-1]) == pytest.approx(lines[-1]["held_out/bits_per_byte"], abs=1e-4)
+    assert float(shown.split()[3]) == pytest.approx(lines[-1]["held_out/bits_per_byte"], abs=1e-4)
+    assert json.loads((folder / "eval.json").read_text())["step"] == 5
+    assert list((folder / "tensorboard" / "eval").glob("events.*"))
 
     text = "the cat sat on the"
     assert main(["generate", str(folder), "--prompt", text, "--max-new-tokens", "5", "--seed", "3"]) == 0

@@ -13,7 +13,7 @@ from sparsek_dist.data.loader import Batch
 from sparsek_dist.data.store import TokenStore
 from sparsek_dist.errors import DataError
 from sparsek_dist.parallel.comm import all_reduce_sum
-from sparsek_dist.parallel.loss import count_targets, loss_sum
+from sparsek_dist.parallel.loss import IGNORE, count_targets, loss_sum
 from sparsek_dist.parallel.mesh import Mesh
 
 BYTES = "bytes"
@@ -53,15 +53,21 @@ def bytes_per_target(store: TokenStore) -> float:
 
 
 def byte_counter(tokenizer: str, store: TokenStore) -> Callable[[Tensor], Tensor]:
-    """Labels [b, s] -> bytes of text that their targets stand for, as a float64 scalar.
+    """Labels [b, s] -> bytes of text that their targets stand for, as a float64 scalar; see `label_bytes`."""
+    of_each = label_bytes(tokenizer, store)
+    return lambda labels: of_each(labels).sum()
+
+
+def label_bytes(tokenizer: str, store: TokenStore) -> Callable[[Tensor], Tensor]:
+    """Labels [b, s] -> bytes of text behind each target, float64 [b, s]; 0 where there is no target.
 
     Exact for the built-in byte tokenizer. For others a token's bytes depend on its neighbours, so the split's mean is
     taken for each: exact when the whole split is evaluated.
     """
     if tokenizer == BYTES:
-        return lambda labels: ((labels >= 0) & (labels < 256)).sum().double()
+        return lambda labels: ((labels >= 0) & (labels < 256)).double()
     ratio = bytes_per_target(store)
-    return lambda labels: count_targets(labels) * ratio
+    return lambda labels: (labels != IGNORE).double() * ratio
 
 
 @torch.no_grad()

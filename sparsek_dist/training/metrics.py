@@ -39,6 +39,19 @@ class MetricsLog:
         # Of events at and after purge_step TensorBoard shows only the newer ones.
         self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=start_step + 1)
 
+    @classmethod
+    def evaluation(cls, folder: Path, name: str) -> MetricsLog:
+        """TensorBoard alone, for what is measured after training, or beside it.
+
+        Args:
+            folder: the run's folder.
+            name: of a folder of its own below tensorboard/. TensorBoard shows it as one more run; in the training's
+                folder it would turn from a file that training still writes to.
+        """
+        log = cls(folder, enabled=False)
+        log._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER / name))
+        return log
+
     def step(self, step: int, values: dict[str, float | int]) -> None:
         """One line of metrics.jsonl; the same values as TensorBoard scalars. What is not finite is null in JSON."""
         if self._lines is None:
