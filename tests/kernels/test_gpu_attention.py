@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsek_kernels import shard_attention, sparsek_attention
 from sparsek_kernels.dispatch import resolve
-from sparsek_kernels.gpu import call, ops
+from sparsek_kernels.gpu import attention, call, ops
 from sparsek_kernels.gpu.tiles import Tile, Tiles
 from sparsek_kernels.reference import attention_reference
 from tests.kernels.cases import EDGE_CASES, GATES, Case
@@ -36,6 +36,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         tile = Tile(rows=32, columns=32, warps=4, stages=1)
         tiles = Tiles(chunk=32, span=64, forward=tile, grad_query=tile, gated_columns=16, grad_selected=tile,
                       grad_window=tile)  # fmt: skip
+        # Long sequences add up a pair's rows in many steps: so do these.
+        monkeypatch.setattr(attention, "ROWS_AT_ONCE", 2)
         for module in (call, ops):
             monkeypatch.setattr(module, "tiles_for", lambda *_: tiles)
 
@@ -108,6 +110,17 @@ def test_shards_equal_the_whole(gate: str, monkeypatch: pytest.MonkeyPatch) -> N
     gradients = torch.autograd.grad(output, list(inputs.values()), upstream)
     found = {"output": output.detach(), **dict(zip(("dquery", "dkey", "dvalue", "dscores"), gradients, strict=True))}
     assert_close(found, expected_of(case, gate))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_in_groups(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences have room for the rows of a few KV heads at a time; here four heads, by ones and by threes."""
+    case = Case("head_groups", s=330, num_selected=6, window=5, h=4, g=2, b=2, scores="decreasing")
+    rows = -(-case.s // call.tiles_for(case.d, 2, 8).span) * case.num_selected + case.s
+    item = torch.empty(0, dtype=DTYPE).element_size()
+    monkeypatch.setattr(attention, "ROWS_BYTES", heads * 2 * rows * case.d * item)
+    found = values_and_gradients(on_triton, case, gate="value", **case.settings())
+    assert_close(found, expected_of(case, "value"))
 
 
 def test_gradcheck() -> None:

@@ -14,6 +14,8 @@ from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.forward import forward_kernel
 from sparsek_kernels.gpu.layout import Layout, rows_of_selected, running_sum
 
+ROWS_AT_ONCE = 16
+"""Partial rows of a pair that are added in one step; a power of two."""
 ROWS_BYTES = 1 << 28
 """Memory that the rows of the key-major backward may take; one KV head's rows are taken in any case."""
 
@@ -85,7 +87,7 @@ def _grad_keys(
             sum_rows_kernel[(num_carried + t, count)](
                 rows_key, rows_value, rows_u, layout.first_row, layout.chosen, layout.span_start, grad_u, num_carried,
                 support, t, layout.span_start.shape[-1] - 1, layout.num_rows, first,
-                D=d, BD=max(16, triton.next_power_of_2(d)), ROWS=16, HAS_GATE=gate != "none",
+                D=d, BD=max(16, triton.next_power_of_2(d)), ROWS=ROWS_AT_ONCE, HAS_GATE=gate != "none",
                 ACC=call.constants(tiles.grad_window)["ACC"], num_warps=4,
             )  # fmt: skip
         constants = call.constants(tiles.grad_window, key_major=True)
