@@ -104,9 +104,9 @@ def test_shards_equal_the_whole(gate: str, monkeypatch: pytest.MonkeyPatch) -> N
         test_shards, "shard_attention", lambda *args, **settings: shard_attention(*args, backend="triton", **settings)
     )
     case = Case("shards", s=90, num_selected=6, window=5, h=4, g=2, d=4, documents="random", b=1)
-    inputs = case.inputs()
+    inputs = {name: x.detach().to(DEVICE, DTYPE).requires_grad_() for name, x in case.inputs().items()}
     output = test_shards.attend_in_shards(inputs, [33, 60], case, 24, gate)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(11)).double()
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(11)).to(output)
     gradients = torch.autograd.grad(output, list(inputs.values()), upstream)
     found = {"output": output.detach(), **dict(zip(("dquery", "dkey", "dvalue", "dscores"), gradients, strict=True))}
     assert_close(found, expected_of(case, gate))

@@ -34,7 +34,7 @@ def merge_summaries(parts: list[Carry], distances: list[int], starts: Tensor, k:
 
 def attend_in_shards(inputs: dict[str, Tensor], cuts: list[int], case: Case, support: int, gate: str) -> Tensor:
     s, k, window = case.s, case.num_selected, case.window
-    starts = document_start(case.document_ids(), case.b, s)
+    starts = document_start(case.document_ids(), case.b, s).to(inputs["query"].device)
     bounds = [0, *cuts, s]
     outputs, summaries, origins = [], [], []
     for first, last in pairwise(bounds):
