@@ -221,7 +221,9 @@ exit "${code:-0}"
 
 
 def test_slurm_starts_ranks_that_find_each_other(tmp_path):
-    _pretend(tmp_path, srun=FAKE_SRUN, scontrol="#!/bin/bash\nprintf '127.0.0.1\\n127.0.0.2\\n'\n")
+    # One name at a time and slowly, as from a busy controller: whoever reads only the first would cut it off.
+    names = "#!/bin/bash\nprintf '127.0.0.1\\n'; sleep 0.3; printf '127.0.0.2\\n'\n"
+    _pretend(tmp_path, srun=FAKE_SRUN, scontrol=names)
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": str(os.getpid())}
     done = _run("slurm.sbatch", "doctor", "--folder", str(tmp_path / "runs"), path=tmp_path, **job)
     assert done.returncode == 0, done.stdout + done.stderr
