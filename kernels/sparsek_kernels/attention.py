@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsek_kernels.carry import Carry, empty_carry
+from sparsek_kernels.budget import Budget
+from sparsek_kernels.carry import Best, Carry, empty_carry
 from sparsek_kernels.checks import check_attention, check_finite, document_starts
 from sparsek_kernels.chunked import chunked_attention
 from sparsek_kernels.columns import Shape
 from sparsek_kernels.dispatch import resolve
 from sparsek_kernels.reference import attention_reference
+from sparsek_kernels.selection import Selection, select
 
 DEFAULT_SUPPORT_RATIO = 4
 """S / k where the caller names no support."""
@@ -88,17 +88,18 @@ def sparsek_attention(
             scale=scale,
         )
     # No token has more than s candidates, so a larger k or S selects the same: keep the tables small.
-    s = query.shape[1]
+    budget, s = Budget(num_selected, window, support, gate), query.shape[1]
     if chosen == "triton":
         # Kernels are compiled for a k: a power of two, so that not every length below k compiles its own.
-        most = 1 << (s - 1).bit_length()
-        num_selected, support = min(num_selected, most), min(support, most)
-        nothing = empty_carry(key, _precise(scores), num_selected=0, support=0)
-        return _run_triton(query, key, value, scores, nothing, starts, num_selected, window, support, gate, scale)
-    num_selected, support = min(num_selected, s), min(support, s)
-    carry = empty_carry(key, _precise(scores), num_selected=num_selected, support=support)
-    pad = (0, 0, 0, 0, window - 1, 0)
-    return _run(query, F.pad(key, pad), F.pad(value, pad), F.pad(scores, pad[2:]), carry, starts, window, gate, scale)
+        budget = budget.at_most(1 << (s - 1).bit_length())
+        carry = empty_carry(key, scores, num_selected=0, support=0)
+    else:
+        budget = budget.at_most(s)
+        carry = empty_carry(key, _precise(scores), num_selected=budget.num_selected, support=budget.support)
+        pad = (0, 0, 0, 0, window - 1, 0)
+        key, value, scores = F.pad(key, pad), F.pad(value, pad), F.pad(scores, pad[2:])
+    selection = _select(chosen, query, scores, carry, starts, budget)
+    return _attend(chosen, query, key, value, scores, carry, starts, selection, budget, scale)
 
 
 def shard_attention(
@@ -124,79 +125,108 @@ def shard_attention(
         carry: summary of all earlier candidates; its shapes give k and S.
         document_start: [b, s] where each query's document begins, counted from the first query (negative if before).
     """
-    num_selected, support = carry.key.shape[2], carry.scores.shape[2]
+    budget = Budget(carry.key.shape[2], window, carry.scores.shape[2], gate)
+    selection = select_shard(query, scores, carry, document_start, budget=budget, backend=backend)
+    return attend_shard(
+        query, key, value, scores, carry, document_start, selection, budget=budget, scale=scale, backend=backend
+    )
+
+
+def select_shard(
+    query: Tensor, scores: Tensor, carried: Best, document_start: Tensor, *, budget: Budget, backend: str = "auto"
+) -> Selection:
+    """The first step of `shard_attention`: what each query sees. No pair is needed, so they may still be travelling.
+
+    Args:
+        query: [b, s, h, d], for its shape, dtype and device alone.
+        carried: the S best of all earlier candidates.
+
+    Returns:
+        For `attend_shard` with the same query and backend.
+    """
+    chosen = _resolve_shard(backend, query, scores.shape[2], budget)
+    return _select(chosen, query, scores, carried, document_start, budget)
+
+
+def attend_shard(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    carry: Carry,
+    document_start: Tensor,
+    selection: Selection,
+    *,
+    budget: Budget,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The second step of `shard_attention`, whose arguments it takes, with the `selection` of the first."""
     check_attention(
         query,
         key,
         value,
         scores,
-        num_selected=num_selected,
-        window=window,
-        support=support,
-        gate=gate,
+        num_selected=budget.num_selected,
+        window=budget.window,
+        support=budget.support,
+        gate=budget.gate,
         scale=scale,
-        halo=window - 1,
+        halo=budget.window - 1,
     )
-    chosen = resolve(backend, query, key.shape[2], num_selected)
+    chosen = _resolve_shard(backend, query, key.shape[2], budget)
+    return _attend(chosen, query, key, value, scores, carry, document_start, selection, budget, scale)
+
+
+def _resolve_shard(backend: str, query: Tensor, num_kv_heads: int, budget: Budget) -> str:
+    chosen = resolve(backend, query, num_kv_heads, budget.num_selected)
     if chosen == "reference":
         raise ValueError("backend = 'reference' works on whole sequences only: use 'auto' or 'torch' for shards")
+    return chosen
+
+
+def _select(
+    chosen: str, query: Tensor, scores: Tensor, carried: Best, document_start: Tensor, budget: Budget
+) -> Selection:
     if chosen == "triton":
-        return _run_triton(query, key, value, scores, carry, document_start, num_selected, window, support, gate, scale)
-    return _run(query, key, value, scores, carry, document_start, window, gate, scale)
+        # Imported here, as triton exists for few platforms and nothing else needs it.
+        from sparsek_kernels.gpu.ops import select_for
+
+        return select_for(query, scores, carried, document_start, budget)
+    return select(
+        _precise(scores.detach()).transpose(1, 2),
+        num_selected=budget.num_selected,
+        window=budget.window,
+        support=budget.support,
+        document_start=document_start,
+        carry=carried,
+        chunk_size=_chunk_size(query, budget),
+    )
 
 
-def _run(
+def _attend(
+    chosen: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     scores: Tensor,
     carry: Carry,
     document_start: Tensor,
-    window: int,
-    gate: str,
+    selection: Selection,
+    budget: Budget,
     scale: float | None,
 ) -> Tensor:
-    num_selected, support = carry.key.shape[2], carry.scores.shape[2]
-    chunk_size = min(128 if num_selected + window >= 256 else 64, query.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    shape = Shape(num_selected, window, support, gate, scale, chunk_size)
-    return chunked_attention(query, key, value, _precise(scores), document_start, carry, shape)
+    if chosen == "triton":
+        from sparsek_kernels.gpu.ops import attend
+
+        return attend(query, key, value, scores, carry, document_start, selection, budget, scale)
+    shape = Shape(**vars(budget), scale=scale, chunk_size=_chunk_size(query, budget))
+    return chunked_attention(query, key, value, _precise(scores), carry, selection, shape)
 
 
-def _run_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    carry: Carry,
-    document_start: Tensor,
-    num_selected: int,
-    window: int,
-    support: int,
-    gate: str,
-    scale: float | None,
-) -> Tensor:
-    # Imported here, as triton exists for few platforms and nothing else needs it.
-    from sparsek_kernels.gpu.ops import attention
-
-    # The kernels know two precisions: that of the pairs, and the one they accumulate in.
-    precise = torch.promote_types(query.dtype, torch.float32)
-    carry = replace(
-        carry, scores=carry.scores.to(precise), key=carry.key.to(key.dtype), value=carry.value.to(key.dtype)
-    )
-    return attention(
-        query,
-        key,
-        value,
-        scores.to(precise),
-        carry,
-        document_start,
-        num_selected=num_selected,
-        window=window,
-        support=support,
-        gate=gate,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-    )
+def _chunk_size(query: Tensor, budget: Budget) -> int:
+    return min(128 if budget.num_selected + budget.window >= 256 else 64, query.shape[1])
 
 
 def _precise(scores: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NOWHERE = -(1 << 62)
@@ -17,13 +18,19 @@ NOWHERE = -(1 << 62)
 
 
 @dataclass(frozen=True)
-class Carry:
-    """Best candidates of all tokens before a shard, best first; empty slots have score -inf, position NOWHERE."""
+class Best:
+    """Best candidates of some tokens, best first; empty slots have score -inf, position NOWHERE."""
 
     scores: Tensor
     """[b, g, S]."""
     positions: Tensor
-    """[b, g, S] int64, counted from the shard's first query: all negative."""
+    """[b, g, S] int64, counted from the shard's first query: all negative in what is carried into it."""
+
+
+@dataclass(frozen=True)
+class Carry(Best):
+    """The same with the keys and values of the k best."""
+
     key: Tensor
     """[b, g, k, d], of the first k entries."""
     value: Tensor
@@ -63,68 +70,77 @@ def rank(scores: Tensor, eligible: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return ranked[..., :limit], index[..., :limit]
 
 
-def summarize(
-    key: Tensor, value: Tensor, scores: Tensor, document_start: Tensor, *, num_selected: int, support: int
-) -> Carry:
-    """What this shard's own candidates leave behind for later shards. Differentiable in key, value and scores.
+def best_of_shard(scores: Tensor, document_start: Tensor, *, num_selected: int, support: int) -> tuple[Best, Tensor]:
+    """The best of this shard's own candidates, for later shards, and which tokens the k best are. Scores alone tell.
 
     Candidates are the tokens that have left the window by the end of the shard; only those of the last query's
     document can matter later.
 
     Args:
-        key: [b, w - 1 + s, g, d], halo first; likewise value.
-        scores: [b, w - 1 + s, g].
+        scores: [b, w - 1 + s, g], halo first.
         document_start: [b, s], counted from the first query.
 
     Returns:
-        A carry whose positions are counted from this shard's first query (the receiver shifts them).
+        The S best, their positions counted from this shard's first query (the receiver shifts them), and the place in
+        the stream of the k best [b, g, k]; any place for an empty slot. Differentiable in the scores.
     """
     length, halo = document_start.shape[1], scores.shape[1] - document_start.shape[1]
     latest_first = scores[:, :length].transpose(1, 2).flip(-1)
     positions = torch.arange(length - 1, -1, -1, device=scores.device) - halo
     eligible = (positions >= document_start[:, -1:]).unsqueeze(1).expand(latest_first.shape)
     best, index = rank(latest_first, eligible, min(support, length))
-    filled = best > -torch.inf
-    pairs = (length - 1 - index[..., :num_selected]).unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])
-    summary = Carry(
-        scores=torch.where(filled, latest_first.gather(-1, index), -torch.inf),
-        positions=torch.where(filled, positions[index], NOWHERE),
-        key=key.transpose(1, 2).gather(2, pairs),
-        value=value.transpose(1, 2).gather(2, pairs),
+    filled, unused = best > -torch.inf, (0, support - best.shape[-1])
+    chosen = torch.where(filled, latest_first.gather(-1, index), -torch.inf)
+    found = Best(
+        scores=F.pad(chosen, unused, value=-torch.inf),
+        positions=F.pad(torch.where(filled, positions[index], NOWHERE), unused, value=NOWHERE),
     )
-    return _fill(summary, num_selected, support)
+    rows = length - 1 - index[..., :num_selected]
+    return found, F.pad(rows, (0, num_selected - rows.shape[-1]))
 
 
-def merge(parts: Carry, document_start: Tensor, *, num_selected: int, support: int) -> Carry:
+def best_of_parts(parts: Best, document_start: Tensor, *, num_selected: int, support: int) -> tuple[Best, Tensor]:
     """The best of several summaries laid side by side, for the document that the receiver's first query is in.
 
     Args:
-        parts: fields [b, g, P * S] and [b, g, P * k, d]: P summaries, each sorted, the LATEST shard's first, positions
-            counted from the receiver's first query.
+        parts: fields [b, g, P * S]: P summaries, each sorted, the LATEST shard's first, positions counted from the
+            receiver's first query.
         document_start: [b, s] of the receiver.
+
+    Returns:
+        The S best of all, and the rows [b, g, k] of their pairs among P * k pairs laid side by side in the same order.
     """
     eligible = parts.positions >= document_start[:, :1].unsqueeze(1)
     best, index = rank(parts.scores, eligible, support)
     filled = best > -torch.inf
     # A pair among the k best of all is among the k best of its own summary: entry (part, rank) has rank < k.
     chosen = index[..., :num_selected]
-    pairs = torch.where(filled[..., :num_selected], chosen // support * num_selected + chosen % support, 0)
-    pairs = pairs.unsqueeze(-1).expand(-1, -1, -1, parts.key.shape[-1])
-    return Carry(
+    rows = torch.where(filled[..., :num_selected], chosen // support * num_selected + chosen % support, 0)
+    found = Best(
         scores=torch.where(filled, parts.scores.gather(-1, index), -torch.inf),
         positions=torch.where(filled, parts.positions.gather(-1, index), NOWHERE),
-        key=parts.key.gather(2, pairs),
-        value=parts.value.gather(2, pairs),
     )
+    return found, rows
 
 
-def _fill(carry: Carry, num_selected: int, support: int) -> Carry:
-    """Pads with empty slots to S scores and k pairs, so that every summary has the same shape."""
-    entries, pairs = support - carry.scores.shape[-1], num_selected - carry.key.shape[2]
-    pad = torch.nn.functional.pad
-    return Carry(
-        scores=pad(carry.scores, (0, entries), value=-torch.inf),
-        positions=pad(carry.positions, (0, entries), value=NOWHERE),
-        key=pad(carry.key, (0, 0, 0, pairs)),
-        value=pad(carry.value, (0, 0, 0, pairs)),
-    )
+def take(pairs: Tensor, rows: Tensor) -> Tensor:
+    """pairs [b, g, m, e] at rows [b, g, k] -> [b, g, k, e]."""
+    return pairs.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, pairs.shape[-1]))
+
+
+def summarize(
+    key: Tensor, value: Tensor, scores: Tensor, document_start: Tensor, *, num_selected: int, support: int
+) -> Carry:
+    """`best_of_shard` with the pairs of the k best. Differentiable in key, value and scores.
+
+    Args:
+        key: [b, w - 1 + s, g, d], halo first; likewise value.
+    """
+    best, rows = best_of_shard(scores, document_start, num_selected=num_selected, support=support)
+    return Carry(best.scores, best.positions, take(key.transpose(1, 2), rows), take(value.transpose(1, 2), rows))
+
+
+def merge(parts: Carry, document_start: Tensor, *, num_selected: int, support: int) -> Carry:
+    """`best_of_parts` with the pairs of the k best, out of pairs [b, g, P * k, d]."""
+    best, rows = best_of_parts(parts, document_start, num_selected=num_selected, support=support)
+    return Carry(best.scores, best.positions, take(parts.key, rows), take(parts.value, rows))

@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from sparsek_kernels.carry import Carry
 from sparsek_kernels.columns import Shape, TableGradient, chunk_queries, columns_of
-from sparsek_kernels.selection import Selection, select
+from sparsek_kernels.selection import Selection
 
 
 def chunked_attention(
-    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, document_start: Tensor, carry: Carry, shape: Shape
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, carry: Carry, selection: Selection, shape: Shape
 ) -> Tensor:
     """Output [b, s, h, d] for a shard of s queries.
 
@@ -30,18 +30,9 @@ def chunked_attention(
         query: [b, s, h, d].
         key: [b, w - 1 + s, g, d]: the halo of w - 1 earlier tokens, then the shard; likewise value.
         scores: [b, w - 1 + s, g], float32 or float64.
-        document_start: [b, s], counted from the first query.
         carry: what all earlier tokens left behind.
+        selection: of these scores, in chunks of `shape.chunk_size`.
     """
-    selection = select(
-        scores.detach().transpose(1, 2),
-        num_selected=shape.num_selected,
-        window=shape.window,
-        support=shape.support,
-        document_start=document_start,
-        carry=carry,
-        chunk_size=shape.chunk_size,
-    )
     return _ChunkedAttention.apply(
         query, key, value, scores, carry.key, carry.value, carry.scores, carry.positions, selection, shape
     )

@@ -13,18 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsek_kernels.budget import Budget
 from sparsek_kernels.carry import NOWHERE
 from sparsek_kernels.selection import MAX_ELEMENTS, Selection
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Budget):
     """What one call of the attention is about, beside its tensors: k, w, S, gate, scale of the logits, chunk size B."""
 
-    num_selected: int
-    window: int
-    support: int
-    gate: str
     scale: float
     chunk_size: int
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsek_kernels.candidates import Bound, Candidates, rank_candidates
-from sparsek_kernels.carry import NOWHERE, Carry, rank
+from sparsek_kernels.carry import NOWHERE, Best, rank
 from sparsek_kernels.threshold import solve_threshold
 
 MAX_ELEMENTS = 1 << 22
@@ -54,7 +54,7 @@ def select(
     window: int,
     support: int,
     document_start: Tensor | None = None,
-    carry: Carry | None = None,
+    carry: Best | None = None,
     chunk_size: int = 64,
 ) -> Selection:
     """Selects for every query of a shard.

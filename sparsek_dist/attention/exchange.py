@@ -3,19 +3,22 @@
 Halo: keys, values and scores of the left neighbour's last w - 1 tokens, point to point. Carry: of all candidates
 further left, the S best scores and the k best pairs. Every rank summarises its own candidates, and the carry of rank r
 is the merge of the summaries of the ranks before it: exact, because the best of a prefix are among the best of its
-parts (sparsek_kernels/carry). Summaries reach later ranks in one of two ways: `all_gather` or `scan`.
+parts (sparsek_kernels/carry). Summaries reach later ranks in one of two ways: `all_gather` or `scan`. Their scores
+travel first; the pairs arrive while the scores already select.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sparsek_dist.parallel.comm import gather_all, receive
+from sparsek_dist.parallel.comm import gather_all, gather_later, receive, receive_later
 from sparsek_dist.parallel.mesh import RankGroup
-from sparsek_kernels import Carry, empty_carry, merge, summarize
+from sparsek_kernels import Best, Carry, best_of_parts, best_of_shard, empty_carry, take
 from sparsek_kernels.carry import NOWHERE
 
 Exchange = Literal["auto", "all_gather", "scan"]
@@ -51,9 +54,23 @@ def add_halo(pairs: Tensor, scores: Tensor, width: int, group: RankGroup) -> tup
     return with_halo[0], with_halo[1]
 
 
+@dataclass(frozen=True)
+class Incoming:
+    """What the ranks before this one have to give: their scores are here, their pairs on the way."""
+
+    best: Best
+    """The S best scores and their positions."""
+    pairs: Callable[[], Tensor]
+    """Keys and values side by side [b, g, k, 2d] of the k best, once they are needed. To be called once."""
+
+    def carry(self) -> Carry:
+        """All of it: waits for the pairs."""
+        key, value = self.pairs().chunk(2, dim=-1)
+        return Carry(self.best.scores, self.best.positions, key, value)
+
+
 def exchange_carry(
-    key: Tensor,
-    value: Tensor,
+    pairs: Tensor,
     scores: Tensor,
     document_start: Tensor,
     group: RankGroup,
@@ -61,61 +78,89 @@ def exchange_carry(
     num_selected: int,
     support: int,
     exchange: Exchange = "auto",
-) -> Carry:
+) -> Incoming:
     """The merged summary of all ranks before this one. Differentiable: gradients return to the tokens' owners.
 
+    Scores decide everything, and are few: they travel first, and what they select is worked out while the pairs, most
+    of the bytes, are still on their way.
+
     Args:
-        key: [b, w - 1 + s, g, d] with its halo; likewise value.
+        pairs: [b, w - 1 + s, g, 2d], keys and values side by side, with their halo.
         scores: [b, w - 1 + s, g].
         document_start: [b, s], counted from this shard's first query.
         exchange: how summaries travel.
     """
     sizes = {"num_selected": num_selected, "support": support}
     if group.size == 1 or num_selected == 0:
-        return empty_carry(key, scores, **sizes)
-    own = summarize(key, value, scores, document_start, **sizes)
-    if resolve_exchange(exchange, group.size) == "all_gather":
-        earlier = _gather_earlier(own, document_start.shape[1], group)
-    else:
-        earlier = _scan_earlier(own, document_start, group)
-    return merge(_side_by_side(earlier), document_start[:, :1], **sizes)
+        nothing = empty_carry(pairs, scores, **sizes)
+        return Incoming(nothing, lambda: nothing.key)
+    own, tokens = best_of_shard(scores, document_start, **sizes)
+    mine = take(pairs.transpose(1, 2), tokens)
+    exchanged = _gather_earlier if resolve_exchange(exchange, group.size) == "all_gather" else _scan_earlier
+    earlier, arrive = exchanged(own, mine, document_start, group)
+    best, rows = best_of_parts(_side_by_side(earlier), document_start[:, :1], **sizes)
+    return Incoming(best, lambda: take(torch.cat(arrive(), dim=2), rows))
 
 
-def _gather_earlier(own: Carry, length: int, group: RankGroup) -> list[Carry]:
+Earlier = tuple[list[Best], Callable[[], list[Tensor]]]
+"""Summaries of runs of earlier ranks, the latest first, and, when called, their pairs [b, g, k, 2d] in that order."""
+
+
+def _gather_earlier(own: Best, mine: Tensor, document_start: Tensor, group: RankGroup) -> Earlier:
     """Every rank's summary on every rank, the latest first; those that are not earlier are blank.
 
     Blanked, not left out: every rank then builds the same graph, and so takes part in the same collectives of the
     backward pass.
     """
+    length, senders = document_start.shape[1], list(reversed(range(group.size)))
+    travelling = gather_later(mine, group, kind="carry")
     gathered = gather_all(_to_wire(own), group, kind="carry")
     parts = []
-    for sender in reversed(range(group.size)):
+    for sender in senders:
         part = _from_wire(tuple(x[sender] for x in gathered), shift=(sender - group.rank) * length)
         parts.append(part if sender < group.rank else _blank(part))
-    return parts
+
+    def arrive() -> list[Tensor]:
+        arrived = travelling.wait()
+        return [arrived[sender] for sender in senders]
+
+    return parts, arrive
 
 
-def _scan_earlier(own: Carry, document_start: Tensor, group: RankGroup) -> list[Carry]:
+def _scan_earlier(own: Best, mine: Tensor, document_start: Tensor, group: RankGroup) -> Earlier:
     """An exclusive prefix scan by recursive doubling: ceil(log2 p) summaries of all earlier ranks, latest first.
 
-    Before the round of distance D, `mine` is the merge of the D ranks (r - D, r], or of all there are; the round
+    Before the round of distance D, `own` is the merge of the D ranks (r - D, r], or of all there are; the round
     brings that of (r - 2D, r - D]. So what arrives over the rounds, at distances 1, 2, 4, .., are neighbouring runs
     of 1, 2, 4, .. ranks, and each rank is in exactly one.
 
     A merge on the way drops what stands before the document of this shard's LAST query. That is right: every receiver
     is further right and can only be in that document or in a later one. And it is needed: a summary has room for S, and
     high scores of a document that has ended would push out those that a receiver still wants.
+
+    Pairs take the same rounds, with the rows that the scores have told. The first of them travel early; the others
+    wait for their merge.
     """
-    length, mine, arrived, distance = document_start.shape[1], own, [], 1
-    sizes = {"num_selected": own.key.shape[2], "support": own.scores.shape[2]}
-    while distance < group.size:
-        message = receive(_to_wire(mine), group, distance=distance, kind="carry")
+    length, distances = document_start.shape[1], [1 << i for i in range((group.size - 1).bit_length())]
+    sizes = {"num_selected": mine.shape[2], "support": own.scores.shape[2]}
+    travelling = receive_later(mine, group, distance=1, kind="carry")
+    parts, kept = [], []
+    for distance in distances:
+        message = receive(_to_wire(own), group, distance=distance, kind="carry")
         part = _from_wire(message, shift=-distance * length)
-        arrived.append(part if group.rank >= distance else _blank(part))
-        distance *= 2
-        if distance < group.size:
-            mine = merge(_side_by_side([mine, arrived[-1]]), document_start[:, -1:], **sizes)
-    return arrived
+        parts.append(part if group.rank >= distance else _blank(part))
+        if distance != distances[-1]:
+            own, rows = best_of_parts(_side_by_side([own, parts[-1]]), document_start[:, -1:], **sizes)
+            kept.append(rows)
+
+    def arrive() -> list[Tensor]:
+        merged, arrived = mine, [travelling.wait()]
+        for distance, rows in zip(distances[1:], kept, strict=True):
+            merged = take(torch.cat([merged, arrived[-1]], dim=2), rows)
+            arrived.append(receive([merged], group, distance=distance, kind="carry")[0])
+        return arrived
+
+    return parts, arrive
 
 
 def received_per_layer(
@@ -139,23 +184,20 @@ def received_per_layer(
     return num_kv_heads * (halo + carry)
 
 
-def _to_wire(summary: Carry) -> list[Tensor]:
-    positions = summary.positions.clamp_min(EMPTY_INT32).to(torch.int32)
-    return [summary.scores, torch.cat([summary.key, summary.value], dim=-1), positions]
+def _to_wire(summary: Best) -> list[Tensor]:
+    return [summary.scores, summary.positions.clamp_min(EMPTY_INT32).to(torch.int32)]
 
 
-def _from_wire(message: tuple[Tensor, ...], *, shift: int) -> Carry:
+def _from_wire(message: tuple[Tensor, ...], *, shift: int) -> Best:
     """A summary whose positions, counted from the sender's first query, are now counted from this rank's."""
-    scores, pairs, positions = message
-    key, value = pairs.chunk(2, dim=-1)
-    return Carry(scores, torch.where(positions > EMPTY_INT32, positions.long() + shift, NOWHERE), key, value)
+    scores, positions = message
+    return Best(scores, torch.where(positions > EMPTY_INT32, positions.long() + shift, NOWHERE))
 
 
-def _blank(part: Carry) -> Carry:
+def _blank(part: Best) -> Best:
     """The same tensors in the graph, but no entry that counts."""
-    return Carry(part.scores, torch.full_like(part.positions, NOWHERE), part.key, part.value)
+    return Best(part.scores, torch.full_like(part.positions, NOWHERE))
 
 
-def _side_by_side(parts: list[Carry]) -> Carry:
-    names = ("scores", "positions", "key", "value")
-    return Carry(*(torch.cat([getattr(part, name) for part in parts], dim=2) for name in names))
+def _side_by_side(parts: list[Best]) -> Best:
+    return Best(*(torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("scores", "positions")))

@@ -11,30 +11,23 @@ from sparsek_dist.attention.exchange import Exchange, add_halo, exchange_carry
 from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
 from sparsek_dist.config import NUM_SINKS, AttentionConfig
 from sparsek_dist.parallel.mesh import RankGroup
-from sparsek_kernels import shard_attention
+from sparsek_kernels import Budget, attend_shard, select_shard
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a query may see, in the terms of the one operator that serves SPARSEK and every baseline but `full`."""
+def budget_of(config: AttentionConfig) -> Budget:
+    """What a query may see, in the terms of the one operator that serves SPARSEK and every baseline but `full`.
 
-    num_selected: int
-    window: int
-    support: int
-    gate: str
-
-    @classmethod
-    def of(cls, config: AttentionConfig) -> Budget:
-        """All kinds see num_selected + window pairs. Only `sparsek` has soft gates; the others need no support."""
-        k, reach = config.num_selected, config.reach
-        if config.kind == "sparsek":
-            return cls(k, reach, config.support_size, config.gate)
-        if config.kind == "random":
-            return cls(k, reach, k + 1, "none")
-        if config.kind == "sink_window":
-            return cls(NUM_SINKS, reach, NUM_SINKS + 1, "none")
-        assert config.kind == "window", "`full` is dense attention: it has no budget"
-        return cls(0, reach, 0, "none")
+    All kinds see num_selected + window pairs. Only `sparsek` has soft gates; the others need no support.
+    """
+    k, reach = config.num_selected, config.reach
+    if config.kind == "sparsek":
+        return Budget(k, reach, config.support_size, config.gate)
+    if config.kind == "random":
+        return Budget(k, reach, k + 1, "none")
+    if config.kind == "sink_window":
+        return Budget(NUM_SINKS, reach, NUM_SINKS + 1, "none")
+    assert config.kind == "window", "`full` is dense attention: it has no budget"
+    return Budget(0, reach, 0, "none")
 
 
 @dataclass(frozen=True)
@@ -61,12 +54,9 @@ class ParallelAttention:
         budget, group = self.budget, self.group
         index = torch.arange(query.shape[1], device=query.device)
         document_start = index - position_ids.expand(query.shape[0], -1)
-        halo = budget.window - 1
-        pairs, scores = add_halo(torch.cat([key, value], dim=-1), scores, halo, group)
-        key, value = pairs.chunk(2, dim=-1)
-        carry = exchange_carry(
-            key,
-            value,
+        pairs, scores = add_halo(torch.cat([key, value], dim=-1), scores, budget.window - 1, group)
+        incoming = exchange_carry(
+            pairs,
             scores,
             document_start,
             group,
@@ -74,15 +64,18 @@ class ParallelAttention:
             support=budget.support,
             exchange=self.exchange,
         )
-        return shard_attention(
+        # Scores alone select: the pairs of other ranks travel meanwhile.
+        selection = select_shard(query, scores, incoming.best, document_start, budget=budget, backend=self.backend)
+        key, value = pairs.chunk(2, dim=-1)
+        return attend_shard(
             query,
             key,
             value,
             scores,
-            carry,
+            incoming.carry(),
             document_start,
-            window=budget.window,
-            gate=budget.gate,
+            selection,
+            budget=budget,
             scale=scale,
             backend=self.backend,
         )

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparsek_dist.attention.exchange import received_per_layer
-from sparsek_dist.attention.parallel import Budget
+from sparsek_dist.attention.parallel import budget_of
 from sparsek_dist.config import Config
 from sparsek_dist.models.build import count_parameters, with_shape
 from sparsek_dist.models.tokenizer import load_tokenizer
@@ -93,7 +93,7 @@ def _shape_rows(config: Config, precision: Precision) -> list[tuple[str, str]]:
     ]
     if config.attention.kind == "full":
         return rows
-    budget = Budget.of(config.attention)
+    budget = budget_of(config.attention)
     received = batch * received_per_layer(
         config.parallel.sequence_degree,
         window=budget.window,

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_dist.attention.exchange import Exchange
-from sparsek_dist.attention.parallel import Budget, ParallelAttention, build_scorer
+from sparsek_dist.attention.parallel import ParallelAttention, budget_of, build_scorer
 from sparsek_dist.config import AttentionConfig
 from sparsek_dist.errors import ConfigError, NumericsError
 from sparsek_dist.models.cache import KeptLayer, kept_layer
@@ -54,7 +54,7 @@ def install(
         )
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _padding)
-    attention = ParallelAttention(Budget.of(config), group, config.backend, exchange)
+    attention = ParallelAttention(budget_of(config), group, config.backend, exchange)
     for index, (module, kind) in enumerate(zip(modules, plan, strict=True)):
         module.layer_kind = kind
         module.register_forward_pre_hook(partial(_prepare, cache_name=family.cache), with_kwargs=True)
@@ -67,7 +67,7 @@ def install(
         module.scorer = build_scorer(
             settings, hidden_size=spec.hidden_size, num_kv_heads=num_kv_heads(spec), seed=seed, layer=index
         ).to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else torch.float32)
-        module.parallel_attention = replace(attention, budget=Budget.of(settings))
+        module.parallel_attention = replace(attention, budget=budget_of(settings))
     model.set_attn_implementation(NAME)
     spec.sparsek = section(config, seed=seed)
 

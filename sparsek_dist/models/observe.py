@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsek_dist.attention.parallel import Budget
 from sparsek_dist.models.families import attention_modules
 from sparsek_dist.parallel.comm import gather
 from sparsek_dist.parallel.layout import unshard
 from sparsek_dist.parallel.mesh import RankGroup
-from sparsek_kernels import Selection, select
+from sparsek_kernels import Budget, Selection, select
 
 PICTURE_SIZE = 512
 """Rows and columns of the picture at most: longer sequences are sampled."""

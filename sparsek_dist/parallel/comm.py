@@ -2,12 +2,15 @@
 
 All traffic goes through `deepspeed.comm`, so that DeepSpeed's communication logger sees it, and every byte received is
 counted on the group. Tensors that travel together are packed into one message. Global ranks address point-to-point
-messages: group ranks would be wrong in a subgroup.
+messages: group ranks would be wrong in a subgroup. What a caller does not need at once is `Arriving`: other work runs
+until it waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -36,7 +39,7 @@ def gather_all(tensors: Sequence[Tensor], group: RankGroup, *, kind: str) -> tup
 
     Adjoint: a reduce-scatter, whose sums are taken in float32 at least. Integers have none.
     """
-    return _Gather.apply(group, kind, *tensors)
+    return _Gather.apply(group, kind, None, *tensors)
 
 
 def receive(tensors: Sequence[Tensor], group: RankGroup, *, distance: int, kind: str) -> tuple[Tensor, ...]:
@@ -44,37 +47,55 @@ def receive(tensors: Sequence[Tensor], group: RankGroup, *, distance: int, kind:
 
     Adjoint: the gradients of what was received travel back. Integers have none.
     """
-    return _Receive.apply(group, distance, kind, *tensors)
+    return _Receive.apply(group, distance, kind, None, *tensors)
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """A tensor that a message in flight is still to fill."""
+
+    _tensor: Tensor
+    _flight: Flight
+
+    def wait(self) -> Tensor:
+        """The tensor, once it is there. On a GPU the device waits, not the host."""
+        self._flight.land()
+        return self._tensor
+
+
+def gather_later(x: Tensor, group: RankGroup, *, kind: str) -> Arriving:
+    """`gather`, of which nothing is needed yet."""
+    flight = Flight()
+    return Arriving(_Gather.apply(group, kind, flight, x)[0], flight)
+
+
+def receive_later(x: Tensor, group: RankGroup, *, distance: int, kind: str) -> Arriving:
+    """`receive`, of which nothing is needed yet."""
+    flight = Flight()
+    return Arriving(_Receive.apply(group, distance, kind, flight, x)[0], flight)
+
+
+class Flight:
+    """Messages that were started and not yet waited for. What they read and write stays in memory until then."""
+
+    def __init__(self) -> None:
+        self._requests: list[Any] = []
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def start(self, requests: Sequence[Any], *tensors: Tensor) -> None:
+        self._requests, self._tensors = list(requests), tensors
+
+    def land(self) -> None:
+        for request in self._requests:
+            request.wait()
+        self._requests, self._tensors = [], ()
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, group: RankGroup, kind: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, group: RankGroup, kind: str, flight: Flight | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.kind, ctx.dtypes = group, kind, [x.dtype for x in tensors]
-        packed = received_once(lambda: _all_gather(_pack(tensors), group, kind))
-        return _unpack(packed, tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        chosen = _differentiable(ctx.needs_input_grad[2:], ctx.dtypes)
-        if not chosen:
-            return (None,) * (2 + len(grads))
-        # Summed in float32 at least: p gradients in bfloat16 would lose what they add up to.
-        wide = torch.float64 if any(ctx.dtypes[i] == torch.float64 for i in chosen) else torch.float32
-        rows = torch.cat([grads[i].flatten(1).to(wide) for i in chosen], dim=1)
-        summed = _reduce_scatter(rows, ctx.group, ctx.kind)
-        parts = summed.split([grads[i][0].numel() for i in chosen])
-        mine = {i: part.view(grads[i].shape[1:]).to(ctx.dtypes[i]) for i, part in zip(chosen, parts, strict=True)}
-        return None, None, *(mine.get(i) for i in range(len(grads)))
-
-
-class _Receive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, group: RankGroup, distance: int, kind: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.distance, ctx.kind, ctx.dtypes = group, distance, kind, [x.dtype for x in tensors]
-        packed = received_once(lambda: _shift(_pack(tensors), group, distance, kind))
-        return tuple(x[0] for x in _unpack(packed.unsqueeze(0), tensors))
+        return _communicate(lambda message, during: _all_gather(message, group, kind, during), flight, tensors)
 
     @staticmethod
     @once_differentiable
@@ -82,18 +103,62 @@ class _Receive(torch.autograd.Function):
         chosen = _differentiable(ctx.needs_input_grad[3:], ctx.dtypes)
         if not chosen:
             return (None,) * (3 + len(grads))
-        back = [grads[i] for i in chosen]
-        packed = _shift(_pack(back), ctx.group, -ctx.distance, ctx.kind)
-        mine = dict(zip(chosen, (x[0] for x in _unpack(packed.unsqueeze(0), back)), strict=True))
+        # Summed in float32 at least: p gradients in bfloat16 would lose what they add up to.
+        wide = torch.float64 if any(ctx.dtypes[i] == torch.float64 for i in chosen) else torch.float32
+        rows = torch.cat([grads[i].flatten(1).to(wide) for i in chosen], dim=1)
+        summed = _reduce_scatter(rows, ctx.group, ctx.kind)
+        parts = summed.split([grads[i][0].numel() for i in chosen])
+        mine = {i: part.view(grads[i].shape[1:]).to(ctx.dtypes[i]) for i, part in zip(chosen, parts, strict=True)}
         return None, None, None, *(mine.get(i) for i in range(len(grads)))
 
 
-def _all_gather(message: Tensor, group: RankGroup, kind: str) -> Tensor:
-    """[m] on each rank -> [p, m] on all."""
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, group: RankGroup, distance: int, kind: str, flight: Flight | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.distance, ctx.kind, ctx.dtypes = group, distance, kind, [x.dtype for x in tensors]
+        rows = _communicate(lambda message, during: _shift(message, group, distance, kind, during), flight, tensors)
+        return tuple(x[0] for x in rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        chosen = _differentiable(ctx.needs_input_grad[4:], ctx.dtypes)
+        if not chosen:
+            return (None,) * (4 + len(grads))
+        back = [grads[i] for i in chosen]
+        flight = Flight()
+        packed = _shift(_pack(back), ctx.group, -ctx.distance, ctx.kind, flight)
+        flight.land()
+        mine = dict(zip(chosen, (x[0] for x in _unpack(packed, back)), strict=True))
+        return None, None, None, None, *(mine.get(i) for i in range(len(grads)))
+
+
+def _communicate(
+    exchange: Callable[[Tensor, Flight], Tensor], flight: Flight | None, tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Starts an exchange of packed bytes [m] -> [p, m], and waits for it unless a `flight` is to be waited for later.
+
+    Several tensors are copied out of one message, which reads it: only one alone can be waited for later.
+    """
+    assert flight is None or len(tensors) == 1
+    during = Flight() if flight is None else flight
+    packed = received_once(lambda: exchange(_pack(tensors), during))
+    if flight is None:
+        during.land()
+        return _unpack(packed, tensors)
+    # Its own version counter: for autograd, what fills the buffer later does not change what is returned now.
+    return _unpack(packed.data, tensors)
+
+
+def _all_gather(message: Tensor, group: RankGroup, kind: str, flight: Flight) -> Tensor:
+    """[m] on each rank -> [p, m] on all, once the flight has landed."""
     gathered = message.new_empty(group.size, message.numel())
     if group.handle is None:
         return gathered.copy_(message)
-    dist.all_gather_into_tensor(gathered.view(-1), message, group=group.handle)
+    request = dist.all_gather_into_tensor(gathered.view(-1), message, group=group.handle, async_op=True)
+    flight.start([request], message, gathered)
     group.received[kind] += (group.size - 1) * _num_bytes(message)
     return gathered
 
@@ -108,18 +173,18 @@ def _reduce_scatter(rows: Tensor, group: RankGroup, kind: str) -> Tensor:
     return mine
 
 
-def _shift(message: Tensor, group: RankGroup, distance: int, kind: str) -> Tensor:
-    """Sends to the rank `distance` to the right (to the left if negative), returns what came from as far left."""
-    received = torch.zeros_like(message)
+def _shift(message: Tensor, group: RankGroup, distance: int, kind: str, flight: Flight) -> Tensor:
+    """Sends [m] to the rank `distance` to the right (to the left if negative); [1, m] from as far left, or zeros."""
+    received = message.new_zeros(1, message.numel())
     messages = []
     to, source = group.neighbour(distance), group.neighbour(-distance)
     if to is not None:
         messages.append(dist.P2POp(dist.isend, message, to, group.handle))
     if source is not None:
-        messages.append(dist.P2POp(dist.irecv, received, source, group.handle))
+        messages.append(dist.P2POp(dist.irecv, received[0], source, group.handle))
         group.received[kind] += _num_bytes(received)
-    for request in dist.batch_isend_irecv(messages) if messages else ():
-        request.wait()
+    if messages:
+        flight.start(dist.batch_isend_irecv(messages), message, received)
     return received
 
 
@@ -131,7 +196,7 @@ def _pack(tensors: Sequence[Tensor]) -> Tensor:
 def _unpack(rows: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """[p, m] bytes -> for each tensor of `like`, p of its shape and dtype."""
     parts = rows.split([_num_bytes(x) for x in like], dim=1)
-    # Copied first: a part may begin at an address that its dtype does not allow.
+    # Copied first if it is not alone: a part may begin at an address that its dtype does not allow.
     return tuple(part.contiguous().view(x.dtype).view(len(rows), *x.shape) for part, x in zip(parts, like, strict=True))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ B, G, D, K, W, S, SHARD = 5, 2, 2, 3, 2, 4, 6
 
 
 class Ranks:
-    """A mailbox with the two calls of parallel/comm.py that the carry makes."""
+    """A mailbox with the calls of parallel/comm.py that the carry makes."""
 
     def __init__(self, size: int) -> None:
         self.size, self.box, self.rounds = size, {}, [0] * size
@@ -43,6 +44,20 @@ class Ranks:
         seen = self._swap(group.rank, tensors)
         return tuple(torch.stack([seen[r][i] for r in range(self.size)]) for i in range(len(tensors)))
 
+    def receive_later(self, x, group, *, distance, kind):
+        return Here(self.receive([x], group, distance=distance, kind=kind)[0])
+
+    def gather_later(self, x, group, *, kind):
+        return Here(self.gather_all([x], group, kind=kind)[0])
+
+
+@dataclass
+class Here:
+    tensor: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
+
 
 def _inputs(p: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -64,9 +79,8 @@ def _carry(rank: int, p: int, x: dict[str, torch.Tensor], strategy: str):
         pad = whole.new_zeros(B, W - 1, *whole.shape[2:])
         return torch.cat([pad, whole], dim=1)[:, begin : end + W - 1]
 
-    return exchange.exchange_carry(
-        with_halo(x["key"]),
-        with_halo(x["value"]),
+    incoming = exchange.exchange_carry(
+        with_halo(torch.cat([x["key"], x["value"]], dim=-1)),
         with_halo(x["scores"]),
         x["starts"][:, begin:end] - begin,
         RankGroup(tuple(range(p)), rank),
@@ -74,6 +88,7 @@ def _carry(rank: int, p: int, x: dict[str, torch.Tensor], strategy: str):
         support=S,
         exchange=strategy,
     )
+    return incoming.carry()
 
 
 def _best(rank: int, x: dict[str, torch.Tensor], row: int, head: int) -> list[int]:
@@ -87,12 +102,13 @@ def _best(rank: int, x: dict[str, torch.Tensor], row: int, head: int) -> list[in
 @pytest.mark.parametrize("p", [2, 3, 5, 6, 7, 8, 9, 17])
 def test_carry_is_the_best_of_the_prefix(p, strategy, monkeypatch):
     ranks, x = Ranks(p), _inputs(p, seed=p)
-    monkeypatch.setattr(exchange, "receive", ranks.receive)
-    monkeypatch.setattr(exchange, "gather_all", ranks.gather_all)
+    for name in ("receive", "receive_later", "gather_all", "gather_later"):
+        monkeypatch.setattr(exchange, name, getattr(ranks, name))
     leaves = [x[name].requires_grad_() for name in ("key", "value", "scores")]
     with ThreadPoolExecutor(p) as pool:
         carries = list(pool.map(lambda rank: _carry(rank, p, x, strategy), range(p)))
-    assert ranks.rounds == [1 if strategy == "all_gather" else (p - 1).bit_length()] * p
+    # Scores and pairs travel apart.
+    assert ranks.rounds == [2 * (1 if strategy == "all_gather" else (p - 1).bit_length())] * p
 
     expected, found, filled = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
     for rank, carry in enumerate(carries):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsek_dist.attention.parallel import Budget
+from sparsek_dist.attention.parallel import budget_of
 from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
 from sparsek_dist.config import AttentionConfig
 from sparsek_kernels.attention import DEFAULT_SUPPORT_RATIO
@@ -63,6 +63,6 @@ def test_settings_and_kernels_agree_on_the_default_support():
 
 def test_all_kinds_see_as_many_pairs():
     for kind in ("sparsek", "random", "sink_window", "window"):
-        budget = Budget.of(AttentionConfig(kind=kind, num_selected=40, window=24))
+        budget = budget_of(AttentionConfig(kind=kind, num_selected=40, window=24))
         assert budget.num_selected + budget.window == 64, kind
         assert kind == "sparsek" or budget.gate == "none"

@@ -7,11 +7,12 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from sparsek_dist import load_pretrained, sparsify
-from sparsek_dist.attention.parallel import Budget, ParallelAttention
+from sparsek_dist.attention.parallel import ParallelAttention
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.cache import KeptLayer, SparsekCache, cache_bytes
 from sparsek_dist.models.families import attention_modules
 from sparsek_dist.parallel.mesh import RankGroup
+from sparsek_kernels import Budget
 from tests.models.tiny import MODELS, tiny_model, tokens
 
 TIGHT = {"rtol": 0, "atol": 1e-9}

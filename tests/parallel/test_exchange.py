@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sparsek_dist.attention import parallel
 from sparsek_dist.attention.exchange import received_per_layer, resolve_exchange
-from sparsek_dist.attention.parallel import Budget, ParallelAttention
+from sparsek_dist.attention.parallel import ParallelAttention
+from sparsek_dist.parallel import comm
 from sparsek_dist.parallel.layout import shard
 from sparsek_dist.parallel.mesh import Mesh, build_mesh
 from sparsek_dist.parallel.recompute import keep_received
+from sparsek_kernels import Budget
 from tests.distributed import run_distributed
 
 K, W, S, G, D = 6, 5, 16, 2, 4
@@ -67,6 +70,34 @@ def _measure(rank: int, world_size: int) -> dict[str, dict]:
             "other": _attend(mesh, exchange, _inputs(48, begins=19, changed=17)),
         }
     return results
+
+
+def _order(rank: int, world_size: int) -> dict[str, list[str]]:
+    """What this rank did, in order: starting and waiting for messages, selecting, attending."""
+    mesh, told = build_mesh(world_size, timeout=timedelta(seconds=60)), []
+    patch = pytest.MonkeyPatch()
+
+    def tell(owner: object, name: str, word: str) -> None:
+        original = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **kwargs: (told.append(word), original(*args, **kwargs))[1])
+
+    tell(comm.Flight, "start", "start")
+    tell(comm.Flight, "land", "wait")
+    tell(parallel, "select_shard", "select")
+    tell(parallel, "attend_shard", "attend")
+    results = {}
+    for exchange in EXCHANGES:
+        told.clear()
+        _attend(mesh, exchange, _inputs(48))
+        results[exchange] = told[: told.index("attend")]
+    patch.undo()
+    return results
+
+
+def test_pairs_travel_while_scores_select():
+    for done in run_distributed(_order, 2):
+        # The halo; the pairs, of which nobody waits; the scores. Then the selection, and only then the pairs.
+        assert done["all_gather"] == done["scan"] == ["start", "wait", "start", "start", "wait", "select", "wait"]
 
 
 @pytest.fixture(scope="module", params=[3, pytest.param(4, marks=pytest.mark.slow)])

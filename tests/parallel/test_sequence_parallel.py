@@ -244,12 +244,12 @@ class _break:
         shift, arrived, scan = comm._shift, exchange._from_wire, exchange._scan_earlier
         name, adjoint = self.what.removesuffix(" adjoint"), self.what.endswith("adjoint")
 
-        def no_shift(message, group, distance, kind):
-            received = shift(message, group, distance, kind)
+        def no_shift(message, group, distance, kind, flight):
+            received = shift(message, group, distance, kind, flight)
             hit = {"halo": kind == "halo", "scan": kind == "carry", "scan round 2": abs(distance) == 2}[name]
             return torch.zeros_like(received) if hit and adjoint == (distance < 0) else received
 
-        def no_gather(message, group, kind):
+        def no_gather(message, group, kind, flight):
             return message.new_zeros(group.size, message.numel())
 
         def no_scatter(rows, group, kind):
@@ -260,7 +260,7 @@ class _break:
             return replace(part, positions=part.positions.clamp(max=NOWHERE).where(part.positions < -LENGTH, -1))
 
         def with_starts(change):
-            return lambda own, starts, group: scan(own, change(starts), group)
+            return lambda own, mine, starts, group: scan(own, mine, change(starts), group)
 
         patches = {
             "halo": (comm, "_shift", no_shift),

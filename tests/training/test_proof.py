@@ -190,8 +190,8 @@ def _break(what: str, patch: pytest.MonkeyPatch) -> None:
     if what in ("halo adjoint", "scan adjoint"):
         kind = "halo" if what == "halo adjoint" else "carry"
 
-        def without_adjoint(message, group, distance, of):
-            received = shift(message, group, distance, of)
+        def without_adjoint(message, group, distance, of, flight):
+            received = shift(message, group, distance, of, flight)
             return torch.zeros_like(received) if distance < 0 and of == kind else received
 
         patch.setattr(comm, "_shift", without_adjoint)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsek_kernels.carry import Carry
+from sparsek_kernels.budget import Budget
+from sparsek_kernels.carry import Best, Carry
 from sparsek_kernels.gpu import attention as kernels
 from sparsek_kernels.gpu.call import new_call, on_device_of
 from sparsek_kernels.gpu.selection import select_gpu
@@ -13,47 +14,61 @@ from sparsek_kernels.gpu.tiles import tiles_for
 from sparsek_kernels.selection import Selection
 
 
-def attention(
+def select_for(query: Tensor, scores: Tensor, carried: Best, document_start: Tensor, budget: Budget) -> Selection:
+    """What each query of a shard sees, in the form that `attend` wants.
+
+    Args:
+        query: [b, s, h, d], for its shape and dtype.
+        scores: [b, t, g]: with the halo of w - 1 earlier tokens, t = w - 1 + s, or without, t = s.
+        carried: of S entries, or of none where nothing comes before.
+        document_start: [b, s], counted from the first query.
+    """
+    precise = _precise(query)
+    chunk = tiles_for(query.shape[-1], query.shape[2] // scores.shape[2], query.element_size()).chunk
+    return Selection(
+        *select_op(
+            scores.detach().to(precise),
+            document_start,
+            carried.scores.detach().to(precise),
+            carried.positions,
+            budget.num_selected,
+            budget.window,
+            budget.support,
+            chunk,
+        )
+    )
+
+
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     scores: Tensor,
     carry: Carry,
     document_start: Tensor,
-    *,
-    num_selected: int,
-    window: int,
-    support: int,
-    gate: str,
+    found: Selection,
+    budget: Budget,
     scale: float,
 ) -> Tensor:
     """Output [b, s, h, d] of a shard; differentiable in query, key, value, scores and what is carried.
 
     Args:
         query: [b, s, h, d], float16, bfloat16 or float32 (float64 in Triton's interpreter).
-        key: [b, t, g, d]: with the halo of w - 1 earlier tokens, t = w - 1 + s, or without, t = s; likewise value.
-        scores: [b, t, g], float32.
+        key: [b, t, g, d], of as many tokens as scores [b, t, g]; likewise value.
         carry: of S entries and k pairs, or of none where nothing comes before.
-        document_start: [b, s], counted from the first query.
+        found: from `select_for`.
     """
-    chunk = tiles_for(query.shape[-1], query.shape[2] // key.shape[2], query.element_size()).chunk
-    found = Selection(
-        *select_op(
-            scores.detach(),
-            document_start,
-            carry.scores.detach(),
-            carry.positions,
-            num_selected,
-            window,
-            support,
-            chunk,
-        )
-    )
+    precise = _precise(query)
     return attention_op(
-        query, key, value, scores, carry.key, carry.value, carry.scores, found.tau, found.visible_until,
-        found.fractional_from, found.fractional_until, found.num_fractional, found.alive, document_start, window, gate,
-        scale,
+        query, key, value, scores.to(precise), carry.key.to(key.dtype), carry.value.to(key.dtype),
+        carry.scores.to(precise), found.tau, found.visible_until, found.fractional_from, found.fractional_until,
+        found.num_fractional, found.alive, document_start, budget.window, budget.gate, scale,
     )[0]  # fmt: skip
+
+
+def _precise(query: Tensor) -> torch.dtype:
+    """The kernels know two precisions: that of the pairs, and the one they accumulate in, which scores have too."""
+    return torch.promote_types(query.dtype, torch.float32)
 
 
 @torch.library.custom_op("sparsek::select", mutates_args=())
