@@ -12,6 +12,7 @@ from sparsek_kernels.carry import Carry, empty_carry
 from sparsek_kernels.checks import check_attention, check_finite, document_starts
 from sparsek_kernels.chunked import chunked_attention
 from sparsek_kernels.columns import Shape
+from sparsek_kernels.device_checks import DeviceChecks
 from sparsek_kernels.dispatch import resolve
 from sparsek_kernels.reference import attention_reference
 
@@ -70,10 +71,15 @@ def sparsek_attention(
         gate=gate,
         scale=scale,
     )
-    check_finite(scores)
-    starts = document_starts(document_ids, query)
+    checks = DeviceChecks()
+    check_finite(scores, checks)
+    starts = document_starts(document_ids, query, checks)
     support = DEFAULT_SUPPORT_RATIO * num_selected if support is None else support
     chosen = resolve(backend, query, key.shape[2], num_selected)
+    # PyTorch's paths wait for the device anyway; the kernels end and stay within bounds whatever the scores are, so
+    # there the host looks last, when all is queued.
+    if chosen != "triton":
+        checks.look()
     if chosen == "reference":
         return attention_reference(
             query,
@@ -94,7 +100,9 @@ def sparsek_attention(
         most = 1 << (s - 1).bit_length()
         num_selected, support = min(num_selected, most), min(support, most)
         nothing = empty_carry(key, _precise(scores), num_selected=0, support=0)
-        return _run_triton(query, key, value, scores, nothing, starts, num_selected, window, support, gate, scale)
+        out = _run_triton(query, key, value, scores, nothing, starts, num_selected, window, support, gate, scale)
+        checks.look()
+        return out
     num_selected, support = min(num_selected, s), min(support, s)
     carry = empty_carry(key, _precise(scores), num_selected=num_selected, support=support)
     pad = (0, 0, 0, 0, window - 1, 0)
