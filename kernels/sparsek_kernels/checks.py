@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sparsek_kernels.device_checks import DeviceChecks
+
 Gate = Literal["straight_through", "value", "key_value", "none"]
 
 
@@ -60,15 +62,17 @@ def check_attention(
         raise ValueError(f"gate = {gate!r} must be one of {', '.join(get_args(Gate))}")
 
 
-def check_finite(scores: Tensor) -> None:
-    """A NaN would make the selection arbitrary without a trace. Waits for the device."""
+def check_finite(scores: Tensor, checks: DeviceChecks | None = None) -> None:
+    """A NaN would make the selection arbitrary without a trace. Waits for the device, or leaves that to `checks`."""
     _require(
-        torch.isfinite(scores).all(), "scores hold NaN or infinity: the scoring network has diverged, or its input has"
+        torch.isfinite(scores).all(),
+        "scores hold NaN or infinity: the scoring network has diverged, or its input has",
+        checks,
     )
 
 
-def document_starts(document_ids: Tensor | None, query: Tensor) -> Tensor:
-    """[b, s] ids -> [b, s] index of the first token of each token's document."""
+def document_starts(document_ids: Tensor | None, query: Tensor, checks: DeviceChecks | None = None) -> Tensor:
+    """[b, s] ids -> [b, s] index of the first token of each token's document; never decreasing, whatever the ids."""
     b, s = query.shape[:2]
     index = torch.arange(s, device=query.device).expand(b, s)
     if document_ids is None:
@@ -78,17 +82,17 @@ def document_starts(document_ids: Tensor | None, query: Tensor) -> Tensor:
             f"document_ids must be integers [b, s] = {[b, s]}, not {document_ids.dtype} {_shapes(document_ids)}"
         )
     step = document_ids.diff(dim=1)
-    _require((step >= 0).all(), "document_ids must not decrease along the sequence: documents are contiguous")
+    _require((step >= 0).all(), "document_ids must not decrease along the sequence: documents are contiguous", checks)
     begins = torch.nn.functional.pad(step != 0, (1, 0), value=True)
     return torch.where(begins, index, 0).cummax(dim=1).values
 
 
-def _require(condition: Tensor, message: str) -> None:
-    """In a compiled graph nothing may wait for the device: there the device itself stops."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(condition, message)
-    elif not bool(condition):
-        raise ValueError(message)
+def _require(condition: Tensor, message: str, checks: DeviceChecks | None) -> None:
+    """Now, or whenever the caller looks at its `checks`."""
+    later = DeviceChecks() if checks is None else checks
+    later.add(condition, message)
+    if checks is None:
+        later.look()
 
 
 def _shapes(*tensors: Tensor) -> str:

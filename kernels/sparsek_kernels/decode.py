@@ -14,7 +14,6 @@ import logging
 import torch
 from torch import Tensor
 
-from sparsek_kernels.attention import shard_attention
 from sparsek_kernels.checks import check_attention, check_finite
 from sparsek_kernels.decode_state import (
     DecodeState,
@@ -27,6 +26,7 @@ from sparsek_kernels.decode_state import (
     with_ring,
 )
 from sparsek_kernels.dispatch import resolve
+from sparsek_kernels.shards import shard_attention
 from sparsek_kernels.threshold import solve_threshold
 
 logger = logging.getLogger(__name__)

@@ -37,21 +37,19 @@ def resolve_exchange(exchange: Exchange, degree: int) -> Literal["all_gather", "
     return exchange
 
 
-def add_halo(pairs: Tensor, scores: Tensor, width: int, group: RankGroup) -> tuple[Tensor, Tensor]:
+def add_halo(key: Tensor, value: Tensor, scores: Tensor, width: int, group: RankGroup) -> tuple[Tensor, Tensor, Tensor]:
     """The left neighbour's last tokens in front, zeros on the first rank.
 
     Args:
-        pairs: [b, s, g, 2d] -> [b, width + s, g, 2d].
+        key: [b, s, g, d] -> [b, width + s, g, d]; likewise value.
         scores: [b, s, g] -> [b, width + s, g].
     """
-    assert group.size == 1 or pairs.shape[1] >= width, "Config refuses shards shorter than the window"
-    parts = (pairs, scores)
-    if group.size == 1 or width == 0:
-        halo = tuple(x.new_zeros(x.shape[0], width, *x.shape[2:]) for x in parts)
-    else:
-        halo = receive([x[:, -width:] for x in parts], group, distance=1, kind="halo")
-    with_halo = [torch.cat([left, x], dim=1) for left, x in zip(halo, parts, strict=True)]
-    return with_halo[0], with_halo[1]
+    if width == 0:
+        return key, value, scores
+    assert key.shape[1] >= width, "Config refuses shards shorter than the window"
+    halo = receive([x[:, -width:] for x in (key, value, scores)], group, distance=1, kind="halo")
+    key, value, scores = (torch.cat([left, x], dim=1) for left, x in zip(halo, (key, value, scores), strict=True))
+    return key, value, scores
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class Incoming:
 
 
 def exchange_carry(
-    pairs: Tensor,
+    key: Tensor,
+    value: Tensor,
     scores: Tensor,
     document_start: Tensor,
     group: RankGroup,
@@ -85,17 +84,17 @@ def exchange_carry(
     of the bytes, are still on their way.
 
     Args:
-        pairs: [b, w - 1 + s, g, 2d], keys and values side by side, with their halo.
+        key: [b, w - 1 + s, g, d] with its halo; likewise value.
         scores: [b, w - 1 + s, g].
         document_start: [b, s], counted from this shard's first query.
         exchange: how summaries travel.
     """
     sizes = {"num_selected": num_selected, "support": support}
-    if group.size == 1 or num_selected == 0:
-        nothing = empty_carry(pairs, scores, **sizes)
-        return Incoming(nothing, lambda: nothing.key)
+    if num_selected == 0:
+        nothing = empty_carry(key, scores, **sizes)
+        return Incoming(nothing, lambda: torch.cat([nothing.key, nothing.value], dim=-1))
     own, tokens = best_of_shard(scores, document_start, **sizes)
-    mine = take(pairs.transpose(1, 2), tokens)
+    mine = torch.cat([take(x.transpose(1, 2), tokens) for x in (key, value)], dim=-1)
     exchanged = _gather_earlier if resolve_exchange(exchange, group.size) == "all_gather" else _scan_earlier
     earlier, arrive = exchanged(own, mine, document_start, group)
     best, rows = best_of_parts(_side_by_side(earlier), document_start[:, :1], **sizes)

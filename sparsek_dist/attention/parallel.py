@@ -54,25 +54,20 @@ class ParallelAttention:
         budget, group = self.budget, self.group
         index = torch.arange(query.shape[1], device=query.device)
         document_start = index - position_ids.expand(query.shape[0], -1)
-        pairs, scores = add_halo(torch.cat([key, value], dim=-1), scores, budget.window - 1, group)
-        incoming = exchange_carry(
-            pairs,
-            scores,
-            document_start,
-            group,
-            num_selected=budget.num_selected,
-            support=budget.support,
-            exchange=self.exchange,
-        )
+        best = incoming = None
+        if group.size > 1:
+            key, value, scores = add_halo(key, value, scores, budget.window - 1, group)
+            sizes = {"num_selected": budget.num_selected, "support": budget.support}
+            incoming = exchange_carry(key, value, scores, document_start, group, **sizes, exchange=self.exchange)
+            best = incoming.best
         # Scores alone select: the pairs of other ranks travel meanwhile.
-        selection = select_shard(query, scores, incoming.best, document_start, budget=budget, backend=self.backend)
-        key, value = pairs.chunk(2, dim=-1)
+        selection = select_shard(query, scores, best, document_start, budget=budget, backend=self.backend)
         return attend_shard(
             query,
             key,
             value,
             scores,
-            incoming.carry(),
+            None if incoming is None else incoming.carry(),
             document_start,
             selection,
             budget=budget,

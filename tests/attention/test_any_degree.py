@@ -80,7 +80,8 @@ def _carry(rank: int, p: int, x: dict[str, torch.Tensor], strategy: str):
         return torch.cat([pad, whole], dim=1)[:, begin : end + W - 1]
 
     incoming = exchange.exchange_carry(
-        with_halo(torch.cat([x["key"], x["value"]], dim=-1)),
+        with_halo(x["key"]),
+        with_halo(x["value"]),
         with_halo(x["scores"]),
         x["starts"][:, begin:end] - begin,
         RankGroup(tuple(range(p)), rank),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsek_kernels import shard_attention, sparsek_attention
+from sparsek_kernels.device_checks import DeviceChecks
 from sparsek_kernels.dispatch import resolve
 from sparsek_kernels.gpu import attention, call, ops
 from sparsek_kernels.gpu.tiles import Tile, Tiles
@@ -185,6 +186,26 @@ def test_strided_inputs() -> None:
         case, gate="value", **case.settings(),
     )  # fmt: skip
     assert_close(found, expected_of(case, "value"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_scores_that_are_not_finite_are_refused_when_all_is_queued(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host looks last, and the kernels end whatever the scores are; likewise for documents out of order."""
+    done: list[str] = []
+    forward, failure = attention.forward, DeviceChecks.failure
+    monkeypatch.setattr(attention, "forward", lambda call: (done.append("kernels"), forward(call))[1])
+    monkeypatch.setattr(DeviceChecks, "failure", lambda checks: (done.append("look"), failure(checks))[1])
+    case = Case("not_finite", s=70, b=1, documents="random")
+    inputs = {name: x.detach().to(DEVICE, DTYPE) for name, x in case.inputs().items()}
+    inputs["scores"][0, 9, 0] = bad
+    with pytest.raises(ValueError, match="scores hold NaN or infinity"):
+        on_triton(inputs, **case.settings())
+    inputs["scores"][0, 9, 0] = 0.0
+    backwards = case.document_ids().flip(1)
+    with pytest.raises(ValueError, match="document_ids must not decrease"):
+        on_triton(inputs, **{**case.settings(), "document_ids": backwards})
+    on_triton(inputs, **case.settings())
+    assert done == ["kernels", "look"] * 3
 
 
 def test_what_the_kernels_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsek_kernels.attention import shard_attention
 from sparsek_kernels.carry import Carry, empty_carry, merge, summarize
 from sparsek_kernels.reference import attention_reference
+from sparsek_kernels.shards import shard_attention
 from tests.kernels.cases import Case, document_start
 
 
