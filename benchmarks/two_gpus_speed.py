@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from machine import Heads
 from sparsek_dist.attention.parallel import Budget, ParallelAttention
 from sparsek_dist.attention.ulysses import UlyssesAttention
 from sparsek_dist.config import AttentionConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -88,6 +89,7 @@ def _layer(lab: Lab, tokens: int, *, dense: bool) -> dict[str, Any]:
     else:
         attend = lambda: _alone(*leaves, scale=scale)  # noqa: E731
     row = {"kind": "full" if dense else "sparsek", "gpus": lab.size, "degree": lab.size, "tokens": tokens}
+    row |= {"heads": Heads(h, g, d).name, "budget": sizes["budget"].num_selected}
     step = lambda: torch.autograd.grad(attend(), leaves, grad)  # noqa: E731
     return row | _times(lab, step, tokens, group.handle if not dense else None)
 
