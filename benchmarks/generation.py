@@ -148,6 +148,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for generation.json")
     parser.add_argument("--commit", help="to be written into the results where there is no git")
+    parser.add_argument("--seconds", type=float, default=300, help="after which no further model is begun")
     return parser.parse_args()
 
 
@@ -156,8 +157,11 @@ def main() -> None:
     chosen = options()
     device = chosen.device
     lengths, budget = chosen.lengths or LENGTHS[device], chosen.budget or BUDGETS[device]
-    machine, rows = describe(device, chosen.commit), []
+    machine, rows, begin = describe(device, chosen.commit), [], time.perf_counter()
     for name in ("sparsek", "dense") if chosen.dense else ("sparsek",):
+        if time.perf_counter() - begin > chosen.seconds:
+            rows += [Row(name, length, None, 0, None, "not run: out of time") for length in lengths]
+            continue
         model = build(device, budget=budget if name == "sparsek" else None)
         million = sum(x.numel() for x in model.parameters()) / 1e6
         rows += measure(model, name, lengths, chosen.steps, one_by_one=device == "cuda" and name == "dense")

@@ -70,22 +70,20 @@ def work(rank: int, world_size: int, meeting: str, plan: Plan) -> None:
 def launch(world_size: int, plan: Plan) -> bool:
     """Runs the parts on as many processes; whether all ended well."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="two-gpus-") as folder:
-        meeting = str(Path(folder) / "meeting")
-        processes = [
-            context.Process(target=work, args=(rank, world_size, meeting, plan), daemon=True)
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        # A rank that died leaves the others waiting, and the time is better spent on the report.
-        while any(x.is_alive() for x in processes) and not any(x.exitcode for x in processes):
-            time.sleep(0.1)
-            if time.time() > plan.deadline + plan.patience:
-                break
-        for process in processes:
-            process.kill()
-            process.join()
+    meeting = str(Path(plan.scratch) / f"meeting-{world_size}")
+    processes = [
+        context.Process(target=work, args=(rank, world_size, meeting, plan), daemon=True) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    # A rank that died leaves the others waiting, and the time is better spent on the report.
+    while any(x.is_alive() for x in processes) and not any(x.exitcode for x in processes):
+        time.sleep(0.1)
+        if time.time() > plan.deadline + plan.patience:
+            break
+    for process in processes:
+        process.kill()
+        process.join()
     return all(process.exitcode == 0 for process in processes)
 
 
@@ -111,19 +109,21 @@ def main() -> None:
     if gpus == 1:
         sys.exit("this machine has one GPU: nothing can be shared (without any, two processes run on the CPU)")
     most, device = gpus or 2, "cuda" if gpus else "cpu"
-    plan = Plan(
-        out=chosen.out,
-        deadline=time.time() + chosen.seconds,
-        parts=chosen.parts,
-        data=chosen.data,
-        steps=chosen.steps or (200 if gpus else 3),
-    )
-    save(plan.out / RESULT, {"machine": describe(device, chosen.commit), "gpus": most, "notes": []})
-    for world_size in (most,) if set(plan.parts) <= set(SHARED_ONLY) else (1, most):
-        if not launch(world_size, plan):
-            result = json.loads((plan.out / RESULT).read_text())
-            result["notes"].append(f"failed: a process of {world_size} ended early; its traceback is in the log")
-            save(plan.out / RESULT, result)
+    with tempfile.TemporaryDirectory(prefix="two-gpus-") as scratch:
+        plan = Plan(
+            out=chosen.out,
+            scratch=scratch,
+            deadline=time.time() + chosen.seconds,
+            parts=chosen.parts,
+            data=chosen.data,
+            steps=chosen.steps or (200 if gpus else 3),
+        )
+        save(plan.out / RESULT, {"machine": describe(device, chosen.commit), "gpus": most, "notes": []})
+        for world_size in (most,) if set(plan.parts) <= set(SHARED_ONLY) else (1, most):
+            if not launch(world_size, plan):
+                result = json.loads((plan.out / RESULT).read_text())
+                result["notes"].append(f"failed: a process of {world_size} ended early; its traceback is in the log")
+                save(plan.out / RESULT, result)
     result = json.loads((plan.out / RESULT).read_text())
     report(result)
     plot(result, plan.out / "two_gpus.png")

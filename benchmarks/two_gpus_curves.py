@@ -28,7 +28,7 @@ def measure_curves(lab: Lab) -> None:
             f"train.precision={precision}",
             f"parallel.sequence_degree={lab.size}",
             f"data.path={lab.plan.data}",
-            f"data.cache={lab.plan.out / 'tokens'}",
+            f"data.cache={lab.plan.scratch}/tokens",
             *(() if lab.gpu else TINY),
         )
         config = load(QUICKSTART, overrides)

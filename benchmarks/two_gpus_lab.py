@@ -116,6 +116,7 @@ class WithoutExchange:
         self.kept.clear()
         with self._in_place_of_the_real():
             yield
+        assert self.kept, "nothing was received through deepspeed.comm: the exchange goes another way now"
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -123,6 +124,7 @@ class WithoutExchange:
         self._next = iter(self.kept)
         with self._in_place_of_the_real():
             yield
+        assert next(self._next, None) is None, "the step received less than before"
         self._next = None
 
     @contextmanager

@@ -11,6 +11,8 @@ RESULT = "two_gpus.json"
 @dataclass(frozen=True)
 class Plan:
     out: Path
+    scratch: str
+    """Folder for what nobody keeps."""
     deadline: float
     """On the clock of time.time."""
     parts: tuple[str, ...]

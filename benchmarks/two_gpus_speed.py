@@ -48,7 +48,7 @@ def measure_links(lab: Lab) -> None:
 
 
 def measure_layer(lab: Lab) -> None:
-    for tokens in TOKENS if lab.gpu else (32, 64):
+    for tokens in TOKENS if lab.gpu else (32,):
         if not lab.late():
             lab.add("layer", _layer(lab, tokens, dense=False))
             lab.forget()
@@ -56,7 +56,7 @@ def measure_layer(lab: Lab) -> None:
 
 def measure_training(lab: Lab) -> None:
     """On many GPUs also data-parallel: what is lost there is lost to the reduction of gradients."""
-    for tokens in TOKENS if lab.gpu else (32, 64):
+    for tokens in TOKENS if lab.gpu else (32,):
         for degree in (1, lab.size) if lab.size > 1 else (1,):
             if not lab.late():
                 lab.add("training", _training(lab, tokens, degree, "sparsek"))
