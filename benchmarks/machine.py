@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import shlex
@@ -41,12 +42,11 @@ def add_options(parser: argparse.ArgumentParser, *, seconds: float) -> None:
 def describe(device: str, commit: str | None = None) -> dict[str, Any]:
     """Machine, versions, commit and command: what a figure needs beside it."""
     gpu = device == "cuda"
-    triton = sys.modules.get("triton")
     return {
         "name": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", None),
+        "triton": _version("triton"),
         "commit": commit or _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -93,6 +93,13 @@ def save(path: Path, result: dict[str, Any]) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(result, indent=1) + "\n")
     new.replace(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _first_line(*command: str) -> str:

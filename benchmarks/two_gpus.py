@@ -26,6 +26,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def work(rank: int, world_size: int, meeting: str, plan: Plan) -> None:
             lab.note(f"{name} on {world_size}: not run, out of time")
             continue
         begin = time.time()
-        measure(lab)
+        lab.attempt(name, measure)
         lab.say(f"{name} on {world_size}: {time.time() - begin:.0f} s")
     shutdown()
 
@@ -119,8 +120,11 @@ def main() -> None:
             steps=chosen.steps or (200 if gpus else 3),
         )
         save(plan.out / RESULT, {"machine": describe(device, chosen.commit), "gpus": most, "notes": []})
-        for world_size in (most,) if set(plan.parts) <= set(SHARED_ONLY) else (1, most):
-            if not launch(world_size, plan):
+        alone = not set(plan.parts) <= set(SHARED_ONLY)
+        for world_size in (1, most) if alone else (most,):
+            # The baseline must leave time for what it is the baseline of.
+            end = time.time() + 0.4 * chosen.seconds if world_size == 1 else plan.deadline
+            if not launch(world_size, replace(plan, deadline=end)):
                 result = json.loads((plan.out / RESULT).read_text())
                 result["notes"].append(f"failed: a process of {world_size} ended early; its traceback is in the log")
                 save(plan.out / RESULT, result)

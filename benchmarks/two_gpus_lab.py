@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +55,19 @@ class Lab:
         """The same answer on all ranks, whose clocks are read at different moments."""
         mine = torch.tensor(float(time.time() > self.plan.deadline), device=self.device)
         return bool(all_reduce_sum(mine, self.mesh(self.size).world) > 0)
+
+    def attempt(self, name: str, measure: Callable[[Lab], None]) -> None:
+        """Notes a failure of all ranks and goes on. Where one alone fails, the others wait in vain, and all end."""
+        failed = ""
+        try:
+            measure(self)
+        except Exception as error:  # noqa: BLE001  the parts after it must still be measured
+            traceback.print_exc()
+            failed = f"failed: {name} on {self.size}: {error!r}"[:200]
+        if any(gather_objects(failed, self.mesh(self.size).world)):
+            self.note(failed or f"failed: {name} on another rank")
+            gc.collect()
+            self.forget()
 
     def largest(self, value: float) -> float:
         return max(gather_objects(value, self.mesh(self.size).world))
