@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -32,16 +33,12 @@ def largest_difference(losses: dict[int, float], others: dict[int, float]) -> tu
     return abs(others[step] - losses[step]) / abs(losses[step]), step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, the first is what the others are held against")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write")
-    options = parser.parse_args()
-    curves = {run.name: read_losses(run) for run in options.runs}
+def draw(curves: dict[str, dict[int, float]], top: Any, bottom: Any) -> None:
+    """Losses above, relative differences to the first curve below; prints the largest of each."""
     first, *rest = curves
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1])
     for index, (name, losses) in enumerate(curves.items()):
-        top.plot(losses.keys(), losses.values(), label=name, linewidth=3 - index, linestyle="-" if index == 0 else "--")
+        style = "-" if index == 0 else "--"
+        top.plot(losses.keys(), losses.values(), label=name, linewidth=max(3 - index, 1), linestyle=style)
     for name in rest:
         difference, step = largest_difference(curves[first], curves[name])
         print(f"{name} against {first}: loss differs by at most {difference:.2e} of its value, at step {step}")
@@ -52,6 +49,16 @@ def main() -> None:
     top.legend()
     bottom.set_ylabel("relative difference")
     bottom.set_xlabel("step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, the first is what the others are held against")
+    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    options = parser.parse_args()
+    curves = {run.name: read_losses(run) for run in options.runs}
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1])
+    draw(curves, top, bottom)
     figure.tight_layout()
     figure.savefig(options.out, dpi=120)
     print(f"written: {options.out}")

@@ -1,12 +1,15 @@
 """SIMULATES the time of one attention layer, forward and backward, for 2 to 1024 ranks that share one sequence.
 
     python benchmarks/scaling.py --sparse-us-per-token 1.5 --dense-ps-per-pair 3 --plot scaling.png
+    python benchmarks/scaling.py --measured results/two_gpus.json results/attention.json
 
-Nothing here is measured: a link model (latency and bandwidth, one pair inside a machine, another between machines) and
-two figures of your own, from a benchmark of one rank:
+A link model (latency and bandwidth, one pair inside a machine, another between machines) and two figures of one rank:
 
     --sparse-us-per-token   SPARSEK attention, forward + backward, microseconds per token of a shard
     --dense-ps-per-pair     dense attention, forward + backward, picoseconds per visible pair of tokens
+
+Give them by hand, or take them, and the link inside a machine, from what benchmarks/two_gpus.py and attention.py wrote
+(what is given by hand wins). Where a file holds times of several GPUs, they are printed beside the simulation's.
 
 Assumed: no exchange is hidden behind work, except in ring attention, where the next block travels behind the current
 one; dense attention is perfectly balanced; collectives move one message after another over the slowest link in use.
@@ -16,11 +19,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+
+from machine import Heads
+from report import print_table
+from scaling_measured import Measured, read
+from sparsek_dist.attention.exchange import resolve_exchange
 
 DEGREES = [2**i for i in range(1, 11)]
 METHODS = ("all_gather", "scan", "ulysses", "ring")
@@ -58,24 +66,27 @@ class Layer:
         """What a shard leaves behind: k pairs; S scores and positions of 4 bytes each."""
         return self.kv_heads * (2 * self.head_dim * self.num_selected * self.pair_bytes + 8 * self.support)
 
+    def returned_bytes(self, method: str) -> int:
+        """Gradients of a summary, without positions. A gather's are summed, and so travel, in float32 at least."""
+        width = max(self.pair_bytes, 4) if method == "all_gather" else self.pair_bytes
+        return self.kv_heads * (2 * self.head_dim * self.num_selected * width + 4 * self.support)
+
     @property
     def halo_bytes(self) -> int:
         return self.kv_heads * (self.window - 1) * (2 * self.head_dim * self.pair_bytes + 4)
 
 
 def seconds(method: str, p: int, layer: Layer, near: Link, far: Link, per_host: int) -> float:
-    """One layer, forward and backward, on the slowest rank; NaN where the method cannot run.
-
-    Backward passes receive what forward passes do (positions, a small part of a summary, are counted too).
-    """
+    """One layer, forward and backward, on the slowest rank; NaN where the method cannot run."""
     link = near if p <= per_host else far
     shard = layer.length / p
     if method in ("all_gather", "scan"):
         if shard < layer.window:
             return math.nan
         rounds = p - 1 if method == "all_gather" else math.ceil(math.log2(p))
-        exchange = link.seconds(layer.halo_bytes) + link.seconds(rounds * layer.summary_bytes, rounds)
-        return shard * layer.sparse_seconds_per_token + 2 * exchange
+        summaries = (layer.summary_bytes, layer.returned_bytes(method))
+        exchange = sum(link.seconds(layer.halo_bytes) + link.seconds(rounds * x, rounds) for x in summaries)
+        return shard * layer.sparse_seconds_per_token + exchange
     dense = layer.length**2 / 2 / p * layer.dense_seconds_per_pair
     token_bytes = layer.head_dim * layer.pair_bytes
     if method == "ulysses":
@@ -107,10 +118,40 @@ def plot(times: dict[tuple[str, int], float], title: str) -> Figure:
     return figure
 
 
-def _options() -> argparse.Namespace:
+def simulate(layer: Layer, near: Link, far: Link, per_host: int) -> dict[tuple[str, int], float]:
+    return {(m, p): seconds(m, p, layer, near, far, per_host) for m in METHODS for p in DEGREES}
+
+
+def report(times: dict[tuple[str, int], float], layer: Layer, title: str) -> None:
+    rows = []
+    for p in DEGREES:
+        cells = ["-" if math.isnan(times[m, p]) else f"{1000 * times[m, p]:,.2f}" for m in METHODS]
+        work = layer.length / p * layer.sparse_seconds_per_token
+        rows.append((f"{p:,}", *cells, f"{100 * (1 - work / times['scan', p]):.0f} %"))
+    heading = f"SIMULATION, not measured: milliseconds per layer, forward + backward\n{title}"
+    print_table(heading, ("ranks", *METHODS, "share of exchange in scan"), rows, width=100)
+
+
+def check(measured: Measured, layer: Layer, near: Link) -> None:
+    """The simulation beside what was measured on the GPUs of one machine."""
+    rows = []
+    for kind, tokens, p, milliseconds in measured.shared:
+        method = "ulysses" if kind == "full" else resolve_exchange("auto", p)
+        expected = 1000 * seconds(method, p, replace(layer, length=tokens * p), near, near, p)
+        rows.append((f"{p}", method, f"{tokens:,}", f"{milliseconds:.2f}", f"{expected:.2f}",
+                     f"{expected / milliseconds:.2f}"))  # fmt: skip
+    if rows:
+        headings = ("ranks", "method", "tokens per rank", "measured, ms", "simulated, ms", "simulated / measured")
+        print_table(f"the simulation against {measured.where}", headings, rows, width=100)
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparse-us-per-token", type=float, required=True)
-    parser.add_argument("--dense-ps-per-pair", type=float, required=True)
+    parser.add_argument(
+        "--measured", type=Path, nargs="+", default=[], metavar="FILE", help="results to take them from"
+    )
+    parser.add_argument("--sparse-us-per-token", type=float)
+    parser.add_argument("--dense-ps-per-pair", type=float)
     parser.add_argument("--length", type=int, default=1 << 20, help="tokens of the sequence")
     parser.add_argument("--query-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -118,43 +159,44 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=1024, help="k and w; S = 4 k")
     parser.add_argument("--pair-bytes", type=int, default=2)
     parser.add_argument("--per-host", type=int, default=8, help="ranks of one machine")
-    parser.add_argument("--near", type=float, nargs=2, default=(30e-6, 250e9), help="seconds, bytes/s in a machine")
+    parser.add_argument("--near", type=float, nargs=2, help="seconds, bytes/s in a machine (30e-6 250e9)")
     parser.add_argument("--far", type=float, nargs=2, default=(40e-6, 25e9), help="seconds, bytes/s between machines")
     parser.add_argument("--plot", help="file to write the picture to")
     return parser.parse_args()
 
 
 def main() -> None:
-    options = _options()
+    chosen = options()
+    heads = Heads(chosen.query_heads, chosen.kv_heads, chosen.head_dim)
+    measured = read(chosen.measured, heads, chosen.budget)
+    sparse = chosen.sparse_us_per_token or measured.sparse_us_per_token
+    dense = chosen.dense_ps_per_pair or measured.dense_ps_per_pair
+    if sparse is None or dense is None:
+        sys.exit(f"give --sparse-us-per-token and --dense-ps-per-pair, or --measured with {heads.name} in it")
     layer = Layer(
-        length=options.length,
-        query_heads=options.query_heads,
-        kv_heads=options.kv_heads,
-        head_dim=options.head_dim,
-        num_selected=options.budget,
-        window=options.budget,
-        support=4 * options.budget,
-        pair_bytes=options.pair_bytes,
-        sparse_seconds_per_token=1e-6 * options.sparse_us_per_token,
-        dense_seconds_per_pair=1e-12 * options.dense_ps_per_pair,
+        length=chosen.length,
+        query_heads=heads.h,
+        kv_heads=heads.g,
+        head_dim=heads.d,
+        num_selected=chosen.budget,
+        window=chosen.budget,
+        support=4 * chosen.budget,
+        pair_bytes=chosen.pair_bytes,
+        sparse_seconds_per_token=1e-6 * sparse,
+        dense_seconds_per_pair=1e-12 * dense,
     )
-    near, far = (Link(latency=values[0], bandwidth=values[1]) for values in (options.near, options.far))
-    times = {(m, p): seconds(m, p, layer, near, far, options.per_host) for m in METHODS for p in DEGREES}
+    latency, bandwidth = chosen.near or measured.near or (30e-6, 250e9)
+    near, far = Link(latency=latency, bandwidth=bandwidth), Link(latency=chosen.far[0], bandwidth=chosen.far[1])
+    times = simulate(layer, near, far, chosen.per_host)
     title = (
-        f"{layer.length:,} tokens, h{layer.query_heads} g{layer.kv_heads} d{layer.head_dim}, k = w = {options.budget}, "
-        f"{options.per_host} ranks per machine, {options.sparse_us_per_token:g} us per token, "
-        f"{options.dense_ps_per_pair:g} ps per pair"
+        f"{layer.length:,} tokens, {heads.name}, k = w = {chosen.budget}, {chosen.per_host} ranks per machine\n"
+        f"{sparse:.3g} us per token, {dense:.3g} ps per pair; in a machine {1e6 * latency:.0f} us, "
+        f"{bandwidth / 1e9:.0f} GB/s, between machines {1e6 * far.latency:.0f} us, {far.bandwidth / 1e9:.0f} GB/s"
     )
-    table = Table(title=f"SIMULATION, not measured: milliseconds per layer, forward + backward\n{title}")
-    for heading in ("ranks", *METHODS, "share of exchange in scan"):
-        table.add_column(heading, justify="right")
-    for p in DEGREES:
-        cells = ["-" if math.isnan(times[m, p]) else f"{1000 * times[m, p]:,.2f}" for m in METHODS]
-        work = layer.length / p * layer.sparse_seconds_per_token
-        table.add_row(f"{p:,}", *cells, f"{100 * (1 - work / times['scan', p]):.0f} %")
-    Console(width=100).print(table)
-    if options.plot:
-        plot(times, title).savefig(options.plot, dpi=150)
+    report(times, layer, title)
+    check(measured, layer, near)
+    if chosen.plot:
+        plot(times, title).savefig(chosen.plot, dpi=150)
 
 
 if __name__ == "__main__":

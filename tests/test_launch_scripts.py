@@ -15,7 +15,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), *(ROOT / "docker").glob("*.sh")])
+OTHERS = [*(ROOT / "docker").glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh")]
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), *OTHERS])
 STARTERS = [path for path in SCRIPTS if path.parent == LAUNCH and path.name not in ("env.sh", "common.sh")]
 BIN = Path(sys.executable).parent
 

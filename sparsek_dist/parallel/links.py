@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,18 +30,18 @@ class Timing:
     """Neighbour's rank -> `num_bytes` there and as many back at once."""
 
 
-def measure_links(device: torch.device) -> list[Timing]:
+def measure_links(device: torch.device, sizes: Sequence[int] | None = None) -> list[Timing]:
     """Times all links of the process group. Every rank must call it.
 
     Args:
         device: of the messages; must suit the backend of the group.
+        sizes: bytes of the messages; default NUM_BYTES of the device.
 
     Raises:
         RuntimeError: from torch.distributed, if a rank is lost; or if what arrives is not what was sent.
     """
-    return [
-        Timing(size, _time_all_gather(size, device), _time_neighbours(size, device)) for size in NUM_BYTES[device.type]
-    ]
+    sizes = NUM_BYTES[device.type] if sizes is None else sizes
+    return [Timing(size, _time_all_gather(size, device), _time_neighbours(size, device)) for size in sizes]
 
 
 def _time_all_gather(num_bytes: int, device: torch.device) -> float:
