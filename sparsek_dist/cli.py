@@ -105,15 +105,17 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 def _add_evaluation(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="RUN_OR_FOLDER", type=Path, help="folder of a run, or of a model")
-    command.add_argument("--task", choices=("perplexity", "passkey", "needles"), default="perplexity")
+    command.add_argument("--task", choices=("perplexity", "passkey", "needles", "chain"), default="perplexity")
     command.add_argument("--data", metavar="PATH", help="text, as data.path (default: what the run has held out)")
     command.add_argument("--max-sequences", type=int, default=0, help="contexts to use (default: all)")
     command.add_argument("--length", type=int, help="tokens of a context (default: the run's, or 2048 at most)")
-    command.add_argument("--lengths", type=_numbers(int), default=[512, 1024], help="of passkey, needles (512,1024)")
+    command.add_argument("--lengths", type=_numbers(int), default=[512, 1024], help="of the other tasks (512,1024)")
     command.add_argument("--depths", type=_numbers(float), default=[0, 0.25, 0.5, 0.75, 1], help="of the needle")
     command.add_argument("--samples", type=int, default=4, help="per length and depth (4)")
-    command.add_argument("--needles", type=int, default=4, help="in one text, of which one is asked for (4)")
-    command.add_argument("--seed", type=int, default=0, help="of passkey, needles (0)")
+    command.add_argument(
+        "--needles", type=int, default=4, help="in one text, of which one is asked for; links of a chain (4)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the other tasks (0)")
     command.add_argument("--out", metavar="DIR", type=Path, help="where results go (default: RUN_OR_FOLDER)")
 
 

@@ -107,7 +107,7 @@ def evaluate_retrieval(
             target.model, haystacks, lengths=lengths, depths=depths, samples=samples, told=lambda _: bar.update()
         )
     console.print(retrieval_table(task, cells, samples))
-    settings = {"seed": seed, "needles": needles if task == "needles" else 1, "cells": [as_row(cell) for cell in cells]}
+    settings = {"seed": seed, "needles": 1 if task == "passkey" else needles, "cells": [as_row(cell) for cell in cells]}
     numbers: dict[str, float] = {}
     for cell in cells:
         place = f"{cell.length}/depth_{cell.depth:g}"

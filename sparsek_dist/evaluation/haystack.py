@@ -1,7 +1,8 @@
 """Haystacks with needles: texts of a given length that say something once, and ask for it at the end.
 
-Passkey retrieval is that of Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 4.2; several needles of which one is
-asked for, as the multi-key task of RULER (arXiv 2404.06654). All words are ours and every draw follows from the seed.
+Passkey retrieval is that of Mohtashami and Jaggi 2023 (arXiv 2305.16300), section 4.2. Two more are after RULER (arXiv
+2404.06654): several needles of which one is asked for, its multi-key task; and a chain, in which each needle refers to
+the one before, after its variable tracking. All words are ours and every draw follows from the seed.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from sparsek_dist.errors import ConfigError
 
-Task = Literal["passkey", "needles"]
+Task = Literal["passkey", "needles", "chain"]
 DIGITS = 5
 _PIECE = re.compile(r".{1,200}?(?:[.!?]\s+|\n+|$)|.{1,200}", re.DOTALL)
 _SUBJECTS = ("The miller", "A heron", "The old ferry", "Her neighbour", "The night train", "A grey cat", "The baker")
@@ -64,7 +66,7 @@ class Haystacks:
         Args:
             encode: text -> ids, without special tokens.
             first_token: what every document begins with.
-            num_needles: for `needles`: pass keys in one text, 1 to 12.
+            num_needles: for `needles`, pass keys in one text, and for `chain`, links: 1 to 12.
             text: what the hay is made of; None for sentences of our own.
 
         Raises:
@@ -75,7 +77,7 @@ class Haystacks:
         if text is not None and not text.strip():
             raise ConfigError("--data holds no text to hide a needle in: give another")
         self._encode, self._first, self._task, self._seed = encode, first_token, task, seed
-        self._num_needles = num_needles if task == "needles" else 1
+        self._num_needles = 1 if task == "passkey" else num_needles
         self._pieces = None if text is None else _PIECE.findall(text)
 
     def sample(self, length: int, depth: float, index: int) -> Sample:
@@ -95,23 +97,34 @@ class Haystacks:
         names = [_NAMES[i] for i in draw.permutation(MAX_NEEDLES)[: self._num_needles]]
         keys = [f"{key:0{DIGITS}d}" for key in draw.choice(10**DIGITS, self._num_needles, replace=False).tolist()]
         others = draw.random(self._num_needles - 1)
-        one = self._task == "passkey"
-        needles = [
-            self._encode(f"The pass key{'' if one else f' of {name}'} is {key}. Remember it. ")
-            for name, key in zip(names, keys, strict=True)
-        ]
+        if self._task == "chain":
+            # A link stands after the one it refers to.
+            others = depth + (1 - depth) * np.sort(others)
+        needles = [self._encode(f"{said} Remember it. ") for said in self._said(names, keys)]
+        asked = {"passkey": "", "needles": f" of {names[0]}", "chain": f" of {names[-1]}"}[self._task]
         # The space goes with the number, as most tokenizers would have it.
-        question = self._encode(f"What is the pass key{'' if one else f' of {names[0]}'}? The pass key is")
+        question = self._encode(f"What is the pass key{asked}? The pass key is")
         answer = self._encode(f" {keys[0]}")
         room = length - 1 - sum(map(len, needles)) - len(question) - len(answer)
         if room < 0:
             raise ConfigError(f"--lengths = {length} is too short: needles and question alone take {length - room}")
         hay = self._hay(draw, room)
         places = [round(place * len(hay)) for place in (depth, *others)]
-        # From the last place to the first, so that earlier places stay where they are.
-        for place, needle in sorted(zip(places, needles, strict=True), key=lambda pair: -pair[0]):
+        # From the last place to the first, so that earlier places stay where they are; of one place, the last link
+        # first, so that the others come before it.
+        pairs = list(zip(places, needles, strict=True))
+        for place, needle in sorted(pairs[::-1] if self._task == "chain" else pairs, key=lambda pair: -pair[0]):
             hay.insert(place, needle)
         return Sample([self._first, *(token for piece in hay for token in piece), *question], answer)
+
+    def _said(self, names: list[str], keys: list[str]) -> list[str]:
+        """What the needles say; the first holds the answer."""
+        if self._task == "passkey":
+            return [f"The pass key is {keys[0]}."]
+        if self._task == "needles":
+            return [f"The pass key of {name} is {key}." for name, key in zip(names, keys, strict=True)]
+        links = [f"The pass key of {name} is that of {before}." for before, name in pairwise(names)]
+        return [f"The pass key of {names[0]} is {keys[0]}.", *links]
 
     def _hay(self, draw: np.random.Generator, room: int) -> list[list[int]]:
         """Sentences, each as ids, until the next one would not fit."""

@@ -40,8 +40,11 @@ class Reader:
         text = bytes(prompt[1:]).decode()
         asked = re.search(r"What is the pass key(.*?)\? The pass key is", text)
         assert asked is not None and text.count("What is the pass key") == 1
-        found = re.search(rf"The pass key{asked[1]} is (\d+)\.", text[-self.sight :])
-        return list(f" {found[1]}".encode()) if found else list(b" no one")
+        name, found = asked[1], None
+        while found is None and (said := re.search(rf"The pass key{name} is (that)?(.+?)\.", text[-self.sight :])):
+            found = None if said[1] else said
+            name = said[2]
+        return list(f" {found[2]}".encode()) if found else list(b" no one")
 
     def __call__(self, input_ids, use_cache):
         ids = input_ids[0].tolist()
@@ -54,7 +57,7 @@ class Reader:
         return torch.tensor([prompt[0].tolist() + self._answer(prompt[0].tolist())[:max_new_tokens]])
 
 
-@pytest.mark.parametrize("task", ["passkey", "needles"])
+@pytest.mark.parametrize("task", ["passkey", "needles", "chain"])
 def test_who_sees_the_needle_finds_it(task) -> None:
     cells = retrieve(Reader(10**6), _haystacks(task), lengths=LENGTHS, depths=DEPTHS, samples=3)
     assert [(cell.length, cell.depth) for cell in cells] == [(n, d) for n in LENGTHS for d in DEPTHS]
@@ -69,7 +72,7 @@ def test_who_sees_the_end_only_finds_what_stands_there() -> None:
 
 
 @pytest.mark.parametrize("text", [None, "One line.\nAnother line, much longer than the first! " * 9])
-@pytest.mark.parametrize("task", ["passkey", "needles"])
+@pytest.mark.parametrize("task", ["passkey", "needles", "chain"])
 def test_texts(task, text) -> None:
     haystacks = _haystacks(task, text=text)
     for length in LENGTHS:
@@ -83,8 +86,18 @@ def test_texts(task, text) -> None:
             assert re.fullmatch(r"\d{5}", key) and words.count(key) == 1
             assert words.count("Remember it") == (1 if task == "passkey" else 3)
             places.append(words.index(key))
-        assert places == sorted(places) and places[-1] - places[0] > length // 4
+        assert places == sorted(places) and places[-1] - places[0] > length // (8 if task == "chain" else 4)
     assert ("Another line" in words) == (text is not None)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+def test_links_of_a_chain_follow_each_other(depth) -> None:
+    for index in range(5):
+        words = bytes(_haystacks("chain", num_needles=6).sample(900, depth, index).prompt[1:]).decode()
+        [begin] = re.findall(r"The pass key of (\w+) is \d{5}\.", words)
+        links = re.findall(r"The pass key of (\w+) is that of (\w+)\.", words)
+        assert [before for _, before in links] == [begin, *(name for name, _ in links[:-1])]
+        assert words.endswith(f"What is the pass key of {links[-1][0]}? The pass key is") and len(links) == 5
 
 
 def test_the_seed_alone_decides() -> None:
