@@ -84,6 +84,6 @@ def test_a_list_that_is_none(folder, capsys) -> None:
 def test_commands_of_the_documentation_exist() -> None:
     text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     commands = re.findall(r"^sparsek (eval .*)$", text, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) > 5, "or the pattern no longer finds them"
     for command in commands:
         parse(command.split())
