@@ -13,6 +13,9 @@ from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.families import attention_modules, num_kv_heads, plan_layers, sliding_window
 from sparsek_dist.relations import divisors
 
+CHANGING_ROPES = ("dynamic", "longrope")
+"""Rotary positions whose frequencies transformers chooses anew by the largest position that it sees."""
+
 
 def least_shard(spec: PreTrainedConfig, attention: AttentionConfig, *, degree: int, told: str) -> int:
     """Tokens that a shard must hold at least: the longest window of any layer that has one, else 1.
@@ -28,6 +31,7 @@ def least_shard(spec: PreTrainedConfig, attention: AttentionConfig, *, degree: i
     """
     if degree == 1:
         return 1
+    _refuse_changing_positions(spec)
     with torch.device("meta"):
         modules = attention_modules(AutoModelForCausalLM.from_config(spec))
     if attention.kind == "full":
@@ -50,6 +54,18 @@ def check_heads(spec: PreTrainedConfig, degree: int, *, told: str) -> None:
             f"{told} = {degree} must divide the {query_heads} query heads and {kv_heads} KV heads of this "
             f"{spec.model_type} model, because its dense layers share heads among ranks: use {divisors(common)}"
         )
+
+
+def _refuse_changing_positions(spec: PreTrainedConfig) -> None:
+    """Some rotary frequencies follow from the length of the sequence: transformers would take that of each shard."""
+    parameters = getattr(spec, "rope_parameters", None) or {}
+    by_layer_type = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    for entry in by_layer_type or [parameters]:
+        if entry.get("rope_type") in CHANGING_ROPES:
+            raise ConfigError(
+                f"rope_type = {entry['rope_type']} of this {spec.model_type} model changes with the length of the "
+                "sequence, of which each rank holds a shard: use one process (parallel.sequence_degree=1)"
+            )
 
 
 def _refuse_sliding(modules: list[Any]) -> None:

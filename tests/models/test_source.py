@@ -142,6 +142,17 @@ def test_shards_hold_the_windows_of_layers_that_slide(folder):
         count_parameters(_config(folder, "parallel.sequence_degree=2", "attention.kind=full"), vocab_size=VOCABULARY)
 
 
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_positions_that_change_with_the_length_cannot_be_shared(rope):
+    spec = tiny_model("llama").config
+    spec.rope_parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}
+    assert least_shard(spec, AttentionConfig(window=5), degree=1, told="degree") == 1
+    for parameters in (spec.rope_parameters, {"full_attention": spec.rope_parameters}):
+        spec.rope_parameters = parameters
+        with pytest.raises(ConfigError, match=f"rope_type = {rope} of this llama model changes with the length"):
+            least_shard(spec, AttentionConfig(window=5), degree=2, told="degree")
+
+
 def test_learned_positions_cannot_be_stretched(folder):
     tiny_model("gpt2").save_pretrained(folder)
     for rope in ("keep", "yarn"):
