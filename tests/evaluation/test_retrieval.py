@@ -116,9 +116,9 @@ def test_a_real_model_scores_as_it_generates() -> None:
     assert in_one_pass(model, type(sample)(sample.prompt, own), Sharing()) == (cell.log_likelihood, True)
     # One token that greedy decoding would not write, at either end.
     for wrong in ([own[0] ^ 1, *own[1:]], [*own[:-1], own[-1] ^ 1]):
-        haystacks.sample = lambda *_, wrong=wrong: type(sample)(sample.prompt, wrong)  # type: ignore[method-assign]
-        assert retrieve(model, haystacks, lengths=[200], depths=[0.5], samples=1)[0].accuracy == 0
         assert not in_one_pass(model, type(sample)(sample.prompt, wrong), Sharing())[1]
+    haystacks.sample = lambda *_: type(sample)(sample.prompt, wrong)  # type: ignore[method-assign]
+    assert retrieve(model, haystacks, lengths=[200], depths=[0.5], samples=1)[0].accuracy == 0
 
 
 REFUSALS = [
