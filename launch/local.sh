@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains on this machine: one process per GPU, or two processes where there is no GPU.
+# Trains or evaluates on this machine: one process per GPU, or two processes where there is no GPU.
 # Usage: launch/local.sh CONFIG [key=value ...]
+#        launch/local.sh eval RUN_OR_FOLDER [--task passkey ...]
 #        launch/local.sh doctor
 # DRY_RUN=1 only prints.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage_unless 1 $# "${1:-}"
 # What follows the script's name may be any command of sparsek that runs on many processes.
-[[ $1 == doctor || $1 == train ]] || set -- train "$@"
+[[ $1 == doctor || $1 == train || $1 == eval ]] || set -- train "$@"
 
 count=$(gpus)
 SLOTS=$((count > 0 ? count : 2))

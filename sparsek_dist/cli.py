@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--world-size", type=int, help="processes (default: one sequence-parallel group)")
     plan.set_defaults(run=_plan)
 
-    evaluate = commands.add_parser("eval", help="measure a trained run or a converted model")
+    evaluate = commands.add_parser("eval", help="measure a trained run or a converted model; on all processes started")
     _add_evaluation(evaluate)
     evaluate.set_defaults(run=_evaluate)
 

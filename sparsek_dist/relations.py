@@ -78,7 +78,7 @@ def problems(config: Config, flat: dict[str, Any]) -> list[str]:
     """
     # Relations between values that are wrong by themselves would only confuse.
     if config.model.source is not None:
-        # The shape of a pretrained model is known when it is opened; models/build.py then asks for `sharding`.
+        # The shape of a pretrained model is known when its config is read; models/sharing.py then asks of it.
         return [*_ranges(flat)] or [*_source(config), *_attention(config), *_rest(config)]
     return [*_ranges(flat)] or [*_model(config), *sharding(config), *_attention(config), *_rest(config)]
 
@@ -126,21 +126,44 @@ def sharding(config: Config) -> Iterator[str]:
     attention, model, degree = config.attention, config.model, config.parallel.sequence_degree
     if degree == 1:
         return
-    if attention.kind == "full":
-        # DeepSpeed-Ulysses gives each rank a share of the heads; the sparse kinds do not divide them.
-        if model.num_kv_heads % degree or model.num_query_heads % degree:
-            yield (
-                f"parallel.sequence_degree = {degree} must divide model.num_kv_heads = {model.num_kv_heads} and "
-                f"model.num_query_heads = {model.num_query_heads}, because attention.kind = full shares heads among "
-                f"ranks: use {divisors(math.gcd(model.num_kv_heads, model.num_query_heads))}, or another kind"
-            )
-    elif config.shard_length < attention.reach:
-        length = config.data.sequence_length
+    dense = _dense_layers(config)
+    # DeepSpeed-Ulysses gives each rank a share of the heads; the sparse kinds do not divide them.
+    if dense and (model.num_kv_heads % degree or model.num_query_heads % degree):
+        field, cure = dense
         yield (
-            f"data.sequence_length = {length} over parallel.sequence_degree = {degree} leaves shards of "
-            f"{config.shard_length} tokens, shorter than the window of {attention.reach}: use a length of at least "
-            f"{attention.reach * degree}, or a degree of at most {max(1, length // attention.reach)}"
+            f"parallel.sequence_degree = {degree} must divide model.num_kv_heads = {model.num_kv_heads} and "
+            f"model.num_query_heads = {model.num_query_heads}, because {field} shares heads among ranks: use "
+            f"{divisors(math.gcd(model.num_kv_heads, model.num_query_heads))}, or {cure}"
         )
+    length = config.data.sequence_length
+    told = f"data.sequence_length = {length} over parallel.sequence_degree = {degree}"
+    if attention.kind != "full" and (problem := short_shards(length, degree, attention.reach, told=told)):
+        yield problem
+
+
+def _dense_layers(config: Config) -> tuple[str, str] | None:
+    """The setting that leaves layers dense, and what to do without it."""
+    if config.attention.kind == "full":
+        return "attention.kind = full", "another kind"
+    if config.attention.full_layers != "none":
+        return f"attention.full_layers = {config.attention.full_layers}", "attention.full_layers=none"
+    return None
+
+
+def short_shards(length: int, degree: int, window: int, *, told: str) -> str | None:
+    """What is wrong with sharing `length` tokens among `degree` ranks, and the cure; None if every shard has a window.
+
+    Args:
+        window: newest tokens that a query sees; a shard gets them from one neighbour only.
+        told: names length and degree.
+    """
+    shard = -(-length // degree)
+    if degree == 1 or shard >= window:
+        return None
+    return (
+        f"{told} leaves shards of {shard} tokens, shorter than the window of {window}: use a length of at least "
+        f"{window * degree}, or a degree of at most {max(1, length // window)}"
+    )
 
 
 def _attention(config: Config) -> Iterator[str]:
@@ -159,11 +182,6 @@ def _attention(config: Config) -> Iterator[str]:
         yield (
             f"attention.full_layers = {attention.full_layers!r} is not a choice of layers: use none, every_other, or "
             "indices such as 0,5,11"
-        )
-    elif attention.full_layers != "none" and config.parallel.sequence_degree > 1:
-        yield (
-            f"attention.full_layers = {attention.full_layers} cannot share a sequence over parallel.sequence_degree = "
-            f"{config.parallel.sequence_degree} ranks: set it to none, or the degree to 1"
         )
     if attention.backend == "triton" and (hindrance := no_triton()):
         yield f"attention.backend = triton cannot run here: {hindrance}; use auto or torch"

@@ -143,6 +143,11 @@ def test_plan(settings, capsys) -> None:
         '"train_batch_size": 6',
     ):
         assert told in out
+    dense = ["attention.full_layers=0", "model.num_layers=2", "model.num_kv_heads=2", "train.precision=float32"]
+    assert main(["plan", settings, "parallel.sequence_degree=2", *dense]) == 0
+    # Half of queries, keys, values and output of 16 tokens, and as many positions.
+    told = f"in a dense layer {16 * 2 * (2 + 2) * 8 * 4 // 2 + 16 * 4:,} bytes"
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", ["eval", "generate"])

@@ -74,6 +74,16 @@ def test_full_attention_shares_heads():
         load(quickstart, ["attention.kind=full", "parallel.sequence_degree=3"])
 
 
+def test_layers_that_stay_dense_share_heads():
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    assert load(quickstart, ["attention.full_layers=every_other"]).parallel.sequence_degree == 2
+    told = r"degree = 3 must divide .* attention.full_layers = 1 shares .* use 1 or 2, or attention.full_layers=none"
+    with pytest.raises(ConfigError, match=told):
+        load(quickstart, ["attention.full_layers=1", "parallel.sequence_degree=3"])
+    with pytest.raises(ConfigError, match="shorter than the window"):
+        load(quickstart, ["attention.full_layers=1", "parallel.sequence_degree=2", "data.sequence_length=50"])
+
+
 def test_several_mistakes_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         load(ROOT / "configs" / "quickstart.yaml", ["train.steps=0", "attention.window=0"])

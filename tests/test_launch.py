@@ -1,4 +1,5 @@
-"""A run as a user starts it, with the deepspeed launcher, killed in the middle without warning, and started again."""
+"""A run as a user starts it, with the deepspeed launcher, killed in the middle without warning, started again, and
+evaluated."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from sparsek_dist.cli import main
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = """
@@ -107,3 +111,20 @@ def test_killed_run_continues_with_the_same_losses(settings):
     resumed = _finish(_start(settings))
     assert "continuing from" in resumed and "after step 8" in resumed
     assert _losses(settings, "killed") == _losses(settings, "whole")
+    _evaluate(Path(settings[-1].removeprefix("run.root=")) / "whole")
+
+
+def _evaluate(run: Path) -> None:
+    """With the launcher, two processes share each context, and one of them says what a single one would say."""
+    told = _finish(_start(["eval", str(run)]))
+    assert told.count("by context length") == told.count("written: ") == 1
+    shared = json.loads((run / "eval.json").read_text())
+    assert shared.pop("processes") == (torch.cuda.device_count() or 2)
+    assert main(["eval", str(run), "--out", str(run / "alone")]) == 0
+    alone = json.loads((run / "alone" / "eval.json").read_text())
+    assert alone.pop("processes") == 1 and shared["held_out"] and shared.keys() == alone.keys()
+    # In float32 a score may differ in its last bit, and equal tokens, of which this text is full, change places.
+    for number in ("loss", "loss_error", "bits_per_byte"):
+        assert shared["overall"][number] == pytest.approx(alone["overall"][number], rel=1e-5)
+    assert shared["overall"]["targets"] == alone["overall"]["targets"]
+    assert shared["trigram_bits_per_byte"] == alone["trigram_bits_per_byte"]

@@ -88,6 +88,7 @@ def test_local(tmp_path):
     alone = [*before, "1", *after, "parallel.sequence_degree=1"]
     assert command(1, "quick.yaml", "train.steps=3") == [*alone, "train.steps=3"]
     assert command(1, "doctor", "--timeout", "5")[-3:] == ["doctor", "--timeout", "5"]
+    assert command(4, "eval", "runs/x", "--length", "64")[-4:] == ["eval", "runs/x", "--length", "64"]
 
 
 def test_hostfile(hostfile, tmp_path):

@@ -1,14 +1,19 @@
-"""`sparsek eval`: how well a run or a model folder predicts text, and whether it finds needles in it. One process."""
+"""`sparsek eval`: how well a run or a model folder predicts text, and whether it finds needles in it.
+
+Every rank that was started runs it and shares each sequence; rank 0 alone prints and writes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 from rich.console import Console
 from tqdm import tqdm
 
+from sparsek_dist.commands.evaluation_ranks import opened
 from sparsek_dist.commands.evaluation_report import print_context_use, retrieval_table, write_results
-from sparsek_dist.commands.evaluation_target import Target, check_length, documents, hay
+from sparsek_dist.commands.evaluation_target import Target, check_length, check_shards, documents, hay
 from sparsek_dist.data.corpus import prepare
 from sparsek_dist.data.loader import evaluation_batches
 from sparsek_dist.data.packing import Contexts
@@ -32,21 +37,24 @@ def evaluate_text(target: Target, *, max_sequences: int) -> None:
         ConfigError: if the target is no run and has no text.
     """
     length, eos = target.data.sequence_length, target.tokenizer.eos_token_id
+    check_shards(target, length, "--length")
     train = None
     if target.given_data:
         store = store_of(documents(target), target.tokenizer, tokens=length * max_sequences)
     elif target.run is None and not target.data.path:
         raise ConfigError(f"{target.name} is a model, not a run, and has held no text out: give one with --data PATH")
     else:
-        corpus = prepare(target.data, target.tokenizer, seed=target.seed, progress=True)
+        corpus = prepare(target.data, target.tokenizer, seed=target.seed, progress=target.is_main)
         store, train = corpus.held_out, corpus.train
     contexts = Contexts(store, length, pad=True)
     size = target.batch_size
     batches = list(evaluation_batches(contexts, batch_size=size, limit=max_sequences, data_rank=0, data_degree=1))
     of_each = label_bytes(target.tokenizer_name, store)
-    use = measure(
-        target.model, tqdm(batches, unit="batch", disable=None), label_bytes=of_each, device=target.model.device
-    )
+    with opened(target, store.fingerprint, text=_name_of_text(target)) as (model, sharing):
+        bar = tqdm(batches, unit="batch", disable=_no_bar(target))
+        use = measure(model, bar, label_bytes=of_each, device=model.device, sharing=sharing)
+    if not target.is_main:
+        return
     trigram = None
     if train is not None:
         count = byte_counter(target.tokenizer_name, store)
@@ -83,7 +91,8 @@ def evaluate_retrieval(
         ConfigError: for a number out of range.
     """
     for length in lengths:
-        check_length(target.model, length, "--lengths")
+        check_length(target.spec, length, "--lengths")
+        check_shards(target, length, "--lengths")
     wrong = [depth for depth in depths if not 0 <= depth <= 1]
     if wrong:
         raise ConfigError(f"--depths = {wrong[0]:g} must be from 0, the beginning of the text, to 1, its end")
@@ -98,18 +107,37 @@ def evaluate_retrieval(
         seed=seed,
         text=hay(target) if target.given_data else None,
     )
-    console = Console(highlight=False, soft_wrap=True)
-    for length in lengths:
-        # Too short a length is told before the first long one is computed.
-        haystacks.sample(length, 0, 0)
-    with tqdm(total=len(lengths) * len(depths), unit="cell", disable=None) as bar:
+    # Too short a length is told before the first long one is computed.
+    firsts = [haystacks.sample(length, 0, 0) for length in lengths]
+    fingerprint = hashlib.sha256(repr(firsts).encode()).hexdigest()
+    with (
+        opened(target, fingerprint, text=_name_of_text(target) if target.given_data else "the hay") as (model, sharing),
+        tqdm(total=len(lengths) * len(depths), unit="cell", disable=_no_bar(target)) as bar,
+    ):
         cells = retrieve(
-            target.model, haystacks, lengths=lengths, depths=depths, samples=samples, told=lambda _: bar.update()
+            model,
+            haystacks,
+            lengths=lengths,
+            depths=depths,
+            samples=samples,
+            sharing=sharing,
+            told=lambda _: bar.update(),
         )
-    console.print(retrieval_table(task, cells, samples))
+    if not target.is_main:
+        return
+    Console(highlight=False, soft_wrap=True).print(retrieval_table(task, cells, samples))
     settings = {"seed": seed, "needles": 1 if task == "passkey" else needles, "cells": [as_row(cell) for cell in cells]}
     numbers: dict[str, float] = {}
     for cell in cells:
         place = f"{cell.length}/depth_{cell.depth:g}"
         numbers |= {f"found/{place}": cell.accuracy, f"log_likelihood/{place}": cell.log_likelihood}
     write_results(target, task, settings, numbers, lambda title: plot_retrieval(cells, title))
+
+
+def _name_of_text(target: Target) -> str:
+    return f"{'--data' if target.given_data else 'data.path'} = {target.data.path!r}"
+
+
+def _no_bar(target: Target) -> bool | None:
+    """For tqdm: a bar on rank 0, if that has a terminal."""
+    return None if target.is_main else True

@@ -30,9 +30,10 @@ def write_results(
         "task": task,
         "model": target.name,
         "step": target.step or None,
-        "attention": getattr(target.model.config, "sparsek", None) or {"kind": "full"},
+        "attention": getattr(target.spec, "sparsek", None) or {"kind": "full"},
         "tokenizer": target.tokenizer_name,
         "data": target.data.path if task == "perplexity" or target.given_data else None,
+        "processes": target.ranks.world_size,
         "version": __version__,
     }
     figure = plot(f"{target.name}{at}: {task}")

@@ -16,6 +16,7 @@ from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.training.engine import Precision, deepspeed_config, resolve_precision
 
 BYTES_OF = {"float32": 4, "bfloat16": 2}
+POSITION_BYTES = 4
 
 
 def plan(config: Config, world_size: int | None, *, on_gpu: bool) -> None:
@@ -104,4 +105,15 @@ def _shape_rows(config: Config, precision: Precision) -> list[tuple[str, str]]:
         pair_bytes=BYTES_OF[precision],
         exchange=config.parallel.exchange,
     )
-    return [*rows, ("received, forward", f"{received:,} bytes, whatever the sequence length")]
+    rows.append(("received, forward", f"{received:,} bytes, whatever the sequence length"))
+    if config.attention.full_layers != "none" and config.parallel.sequence_degree > 1:
+        rows.append(("... in a dense layer", f"{_dense_bytes(config, BYTES_OF[precision]):,} bytes"))
+    return rows
+
+
+def _dense_bytes(config: Config, number_bytes: int) -> int:
+    """What a rank receives in one forward pass of a layer that stays dense: DeepSpeed-Ulysses, and the positions."""
+    model, degree = config.model, config.parallel.sequence_degree
+    tokens = config.train.micro_batch_size * config.shard_length * (degree - 1)
+    width = 2 * (model.num_query_heads + model.num_kv_heads) * model.head_dim
+    return tokens * width * number_bytes // degree + tokens * POSITION_BYTES

@@ -36,6 +36,7 @@ from sparsek_dist.training.loop import Run, fit
 from sparsek_dist.training.metrics import MetricsLog
 from sparsek_dist.training.progress import Progress
 from sparsek_dist.training.run_folder import describe_run, open_run_folder
+from sparsek_dist.training.same_text import require_same_text
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def train(config: Config) -> None:
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     initialize(ranks, timeout=timeout)
     mesh = build_mesh(config.parallel.sequence_degree, timeout=timeout)
+    require_same_text(corpus.fingerprint, mesh.world, source=f"data.path = {config.data.path!r}")
     with open_run_folder(config.run_dir, mesh) as folder:
         held_out = _train_in(folder, config, mesh, tokenizer, corpus)
         if mesh.is_main:

@@ -51,6 +51,11 @@ class Corpus:
     train: TokenStore
     held_out: TokenStore
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the tokens of both; equal on every machine that holds the same."""
+        return hashlib.sha256(f"{self.train.fingerprint} {self.held_out.fingerprint}".encode()).hexdigest()
+
 
 def prepare(data: DataConfig, tokenizer: FastTokenizer, *, seed: int, progress: bool = False) -> Corpus:
     """The tokenised corpus, from `data.cache` or, the first time, built there.

@@ -27,19 +27,24 @@ class Batch:
     labels: Tensor
     position_ids: Tensor
 
-    def shard(self, rank: int, degree: int) -> Batch:
-        """[b, n] -> [b, ceil(n/p)]: what `rank` of a sequence-parallel group of p = `degree` holds."""
-        return self._padded(degree)._map(lambda x: shard(x, rank, degree, dim=1))
+    def shard(self, rank: int, degree: int, *, shortest: int = 1) -> Batch:
+        """[b, n] -> [b, ceil(n/p)]: what `rank` of a sequence-parallel group of p = `degree` holds.
+
+        Args:
+            shortest: tokens that a shard must hold at least; a shorter one is filled up, too. One rank needs none.
+        """
+        short = shortest * degree - self.input_ids.shape[1] if degree > 1 else 0
+        return self._padded(degree, least=short)._map(lambda x: shard(x, rank, degree, dim=1))
 
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda x: x.to(device))
 
-    def _padded(self, degree: int) -> Batch:
+    def _padded(self, degree: int, *, least: int) -> Batch:
         """Filled up at the end to a multiple of `degree`, by a document of its own without targets.
 
         So padding adds nothing to the loss, and no real token sees or selects it: it comes after all of them.
         """
-        extra = padding(self.input_ids.shape[1], degree)
+        extra = max(padding(self.input_ids.shape[1], degree), least)
         if extra == 0:
             return self
         positions = torch.arange(extra).to(self.position_ids).expand(len(self.position_ids), -1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.errors import DataError
+from sparsek_dist.evaluation.shards import Sharing
 from sparsek_dist.parallel.loss import IGNORE
 
 FRACTIONS = (8, 4, 2, 1)
@@ -74,17 +76,24 @@ class ContextUse:
 
 @torch.no_grad()
 def measure(
-    model: Any, batches: Iterable[Batch], *, label_bytes: Callable[[Tensor], Tensor], device: torch.device
+    model: Any,
+    batches: Iterable[Batch],
+    *,
+    label_bytes: Callable[[Tensor], Tensor],
+    device: torch.device,
+    sharing: Sharing | None = None,
 ) -> ContextUse:
     """Scores every target once with its whole context, and the last n/16 of each context with less of it.
 
     Only targets whose document fills the whole context are compared by length, so that each has all of it to lose.
+    Every rank of `sharing` must call it with the same batches, and gets the same numbers.
 
     Args:
-        model: in evaluation mode, in one process, and set to work without a cache.
+        model: in evaluation mode, and set to work without a cache.
         batches: [b, n], all of the same n.
         label_bytes: from `perplexity.label_bytes`.
         device: where the model is.
+        sharing: the ranks that share each context, as `model` does; None for one process.
 
     Raises:
         DataError: if the batches hold no target.
@@ -92,12 +101,13 @@ def measure(
     positions: list[Tensor] = []
     lengths: list[Tensor] = []
     n = 0
-    for whole in batches:
-        batch, n = whole.to(device), whole.input_ids.shape[1]
+    nats_of = partial(_nats, model, sharing or Sharing(), device)
+    for batch in batches:
+        n = batch.input_ids.shape[1]
         weights = torch.stack([(batch.labels != IGNORE).double(), label_bytes(batch.labels)], dim=-1)
-        nats = _nats(model, batch)
-        positions.append(_by_bin(batch.position_ids, nats, weights).cpu())
-        lengths.append(_by_length(model, batch, nats, weights).cpu())
+        nats = nats_of(batch)
+        positions.append(_by_bin(batch.position_ids, nats, weights))
+        lengths.append(_by_length(nats_of, batch, nats, weights))
     # [contexts, bins or lengths, (nats, targets, bytes)]
     by_bin = torch.cat(positions).numpy() if positions else np.zeros((0, 1, 3))
     total = by_bin.sum(axis=1)
@@ -142,11 +152,13 @@ def _compare(sums: np.ndarray, n: int) -> list[AtLength]:
     return rows
 
 
-def _nats(model: Any, batch: Batch) -> Tensor:
-    """Cross entropy of every target, float64 [b, n]; 0 where there is none."""
-    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
+def _nats(model: Any, sharing: Sharing, device: torch.device, batch: Batch) -> Tensor:
+    """Cross entropy of every target, float64 [b, n] on every rank; 0 where there is none."""
+    mine = sharing.shard(batch, device)
+    logits = model(input_ids=mine.input_ids, position_ids=mine.position_ids).logits
     precise = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(precise.transpose(1, 2), batch.labels, ignore_index=IGNORE, reduction="none").double()
+    nats = F.cross_entropy(precise.transpose(1, 2), mine.labels, ignore_index=IGNORE, reduction="none").double()
+    return sharing.whole(nats, batch.input_ids.shape[1])
 
 
 def _by_bin(position_ids: Tensor, nats: Tensor, weights: Tensor) -> Tensor:
@@ -162,7 +174,7 @@ def _by_bin(position_ids: Tensor, nats: Tensor, weights: Tensor) -> Tensor:
     return sums.scatter_add_(1, place[..., None].expand(-1, -1, 3), values)
 
 
-def _by_length(model: Any, batch: Batch, nats: Tensor, weights: Tensor) -> Tensor:
+def _by_length(nats_of: Callable[[Batch], Tensor], batch: Batch, nats: Tensor, weights: Tensor) -> Tensor:
     """[b, len(FRACTIONS), 3] over the targets to compare, 0 in contexts that have none."""
     b, n = batch.input_ids.shape
     sums = torch.zeros(b, len(FRACTIONS), 3, dtype=torch.float64, device=nats.device)
@@ -177,7 +189,7 @@ def _by_length(model: Any, batch: Batch, nats: Tensor, weights: Tensor) -> Tenso
     chosen = compared[rows, -tail:]
     counted = (weights[rows, -tail:] * chosen[..., None]).sum(dim=1)
     for index, fraction in enumerate(FRACTIONS):
-        seen = nats[rows] if fraction == 1 else _nats(model, _last(batch, rows, -(-n // fraction)))
+        seen = nats[rows] if fraction == 1 else nats_of(_last(batch, rows, -(-n // fraction)))
         of_compared = (seen[:, -tail:] * chosen).sum(dim=1, keepdim=True)
         sums[rows, index] = torch.cat([of_compared, counted], dim=1)
     return sums

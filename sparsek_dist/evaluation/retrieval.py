@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from sparsek_dist.data.loader import Batch
 from sparsek_dist.evaluation.haystack import DIGITS, Haystacks, Sample
+from sparsek_dist.evaluation.shards import Sharing
+from sparsek_dist.parallel.loss import IGNORE
 
 CHANCE = -DIGITS * math.log(10)
 """Log likelihood in nats of the digits, for who knows that digits come and nothing else."""
@@ -38,18 +42,23 @@ def retrieve(
     lengths: Sequence[int],
     depths: Sequence[float],
     samples: int,
+    sharing: Sharing | None = None,
     told: Callable[[Cell], object] = lambda cell: None,
 ) -> list[Cell]:
     """One cell per length and depth, one sample at a time.
 
+    Every rank of `sharing` must call it with the same arguments, and gets the same cells.
+
     Args:
-        model: a transformers model in evaluation mode; its generate() then runs with the constant-size cache.
+        model: a transformers model in evaluation mode. In one process its generate() writes the answer, with the
+            constant-size cache; ranks that share each text have none, and see in one pass what it would write.
+        sharing: the ranks that share each text, as `model` does; None for one process.
         told: called with each cell as soon as it is known.
     """
-    cells = []
+    cells, shared = [], sharing or Sharing()
     for length in lengths:
         for depth in depths:
-            results = [_answer(model, haystacks.sample(length, depth, index)) for index in range(samples)]
+            results = [_answer(model, haystacks.sample(length, depth, i), shared) for i in range(samples)]
             cells.append(_cell(length, depth, results))
             told(cells[-1])
     return cells
@@ -72,19 +81,41 @@ def _cell(length: int, depth: float, results: list[tuple[float, bool]]) -> Cell:
 
 
 @torch.no_grad()
-def _answer(model: Any, sample: Sample) -> tuple[float, bool]:
-    """log p(answer) with the answer given piece by piece, and whether greedy decoding writes it."""
-    prompt = torch.tensor([sample.prompt], device=model.device)
-    answer = torch.tensor([sample.answer], device=model.device)
-    number = answer.shape[1]
+def _answer(model: Any, sample: Sample, sharing: Sharing) -> tuple[float, bool]:
+    """log p(answer), and whether greedy decoding writes it."""
+    likelihood, likeliest = in_one_pass(model, sample, sharing)
+    return likelihood, likeliest if sharing.group.size > 1 else _written(model, sample) == sample.answer
+
+
+@torch.no_grad()
+def in_one_pass(model: Any, sample: Sample, sharing: Sharing) -> tuple[float, bool]:
+    """log p(answer) in one pass without a cache, and whether each of its tokens is the likeliest after those before.
+
+    That is when greedy decoding writes it: every token is drawn after the same ones.
+    """
     # The last answer token predicts nothing that is asked for.
-    logits = model(input_ids=torch.cat([prompt, answer[:, :-1]], dim=1), use_cache=False).logits[:, -number:]
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    likelihood = precise.log_softmax(-1).gather(-1, answer[..., None]).sum()
+    ids = torch.tensor([sample.prompt + sample.answer[:-1]])
+    labels = torch.full_like(ids, IGNORE)
+    labels[0, -len(sample.answer) :] = torch.tensor(sample.answer)
+    mine = sharing.shard(Batch(ids, labels, torch.arange(ids.shape[1])[None]), model.device)
+    logits = model(input_ids=mine.input_ids, position_ids=mine.position_ids, use_cache=False).logits
+    asked = mine.labels != IGNORE
+    wanted, precise = mine.labels[asked], logits[asked].to(torch.promote_types(logits.dtype, torch.float32))
+    # [b, s, (nats, whether it is the likeliest)], 0 where nothing is asked.
+    told = torch.zeros(*asked.shape, 2, dtype=torch.float64, device=logits.device)
+    nats = F.cross_entropy(precise, wanted, reduction="none")
+    told[asked] = torch.stack([nats, precise.argmax(-1) == wanted], dim=-1).double()
+    total, right = sharing.whole(told, ids.shape[1]).sum(dim=(0, 1)).tolist()
+    return -total, right == len(sample.answer)
+
+
+def _written(model: Any, sample: Sample) -> list[int]:
+    """What greedy decoding writes after the prompt, with the cache of constant size."""
+    prompt = torch.tensor([sample.prompt], device=model.device)
     written = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=number,
+        max_new_tokens=len(sample.answer),
         do_sample=False,
         num_beams=1,
         # A model's own generation settings may hold one, and digits repeat.
@@ -93,4 +124,4 @@ def _answer(model: Any, sample: Sample) -> tuple[float, bool]:
         pad_token_id=0,
         use_cache=True,
     )
-    return float(likelihood), written[0, prompt.shape[1] :].tolist() == sample.answer
+    return written[0, prompt.shape[1] :].tolist()

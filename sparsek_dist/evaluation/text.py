@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -35,4 +36,6 @@ def store_of(documents: Iterable[str], tokenizer: FastTokenizer, *, tokens: int 
             break
     if not pieces:
         raise DataError("--data holds no document: give a text")
-    return TokenStore(np.concatenate(pieces), np.cumsum(lengths), num_bytes, fingerprint="")
+    tokens_of_all, offsets = np.concatenate(pieces), np.cumsum(lengths)
+    fingerprint = hashlib.sha256(tokens_of_all.tobytes() + offsets.tobytes()).hexdigest()
+    return TokenStore(tokens_of_all, offsets, num_bytes, fingerprint)

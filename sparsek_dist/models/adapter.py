@@ -21,10 +21,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_dist.attention.exchange import Exchange
 from sparsek_dist.attention.parallel import ParallelAttention, budget_of, build_scorer
+from sparsek_dist.attention.ulysses import UlyssesAttention
 from sparsek_dist.config import AttentionConfig
 from sparsek_dist.errors import ConfigError, NumericsError
 from sparsek_dist.models.cache import KeptLayer, kept_layer
 from sparsek_dist.models.families import attention_modules, family_of, num_kv_heads, plan_layers, sliding_window
+from sparsek_dist.models.sharing import check_heads
 from sparsek_dist.parallel.mesh import RankGroup
 
 NAME = "sparsek"
@@ -48,10 +50,10 @@ def install(
     if any(hasattr(module, "layer_kind") for module in modules):
         raise ConfigError("this model has SPARSEK attention already: start from the dense model")
     plan = plan_layers(modules, config.full_layers, keep_sliding=config.sliding_layers == "keep")
+    ulysses = None
     if group.size > 1 and "full" in plan:
-        raise ConfigError(
-            f"attention.full_layers = {config.full_layers} cannot share a sequence over {group.size} ranks: use none"
-        )
+        check_heads(spec, group.size, told="parallel.sequence_degree")
+        ulysses = UlyssesAttention(group)
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _padding)
     attention = ParallelAttention(budget_of(config), group, config.backend, exchange)
@@ -59,6 +61,8 @@ def install(
         module.layer_kind = kind
         module.register_forward_pre_hook(partial(_prepare, cache_name=family.cache), with_kwargs=True)
         if kind == "full":
+            if ulysses is not None:
+                module.ulysses_attention = ulysses
             continue
         settings = config
         if kind == "sliding":
@@ -143,7 +147,10 @@ def _attend(
 
 
 def _dense(module: Any, query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor, scaling: float) -> Tensor:
-    """A layer that stays as it was: all earlier tokens of the document, by torch's own attention."""
+    """A layer that stays as it was: all earlier tokens of the document, by torch's attention or, if shared, Ulysses."""
+    if hasattr(module, "ulysses_attention"):
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return module.ulysses_attention(query, key, value, position_ids, scale=scaling)
     s, t = query.shape[2], key.shape[2]
     index = torch.arange(t - s, t, device=query.device)
     starts = (index - position_ids).clamp_min(0)

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from sparsek_dist.attention.exchange import Exchange
 from sparsek_dist.config import AttentionConfig, attention_from
 from sparsek_dist.errors import CheckpointError, ConfigError
 from sparsek_dist.models.adapter import FORMAT, install
@@ -68,23 +69,34 @@ def sparsify(
     return model
 
 
-def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto", backend: str = "auto") -> PreTrainedModel:
+def load_pretrained(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    backend: str = "auto",
+    group: RankGroup | None = None,
+    exchange: Exchange = "auto",
+) -> PreTrainedModel:
     """A model that was saved with SPARSEK attention, bit for bit, in evaluation mode, on the CPU.
 
     Args:
         name: its folder, or its id on the hub.
         dtype: of the weights; `auto` is as saved.
         backend: of the attention, as in config.AttentionConfig.
+        group: ranks that share every sequence, of which each then gives the model its shard; None for one process.
+        exchange: how their summaries travel, as in config.ParallelConfig.
 
     Raises:
         CheckpointError: if it cannot be read, or its weights are not those of its config.json.
-        ConfigError: if it is a dense model, or was saved by a newer version.
+        ConfigError: if it is a dense model, was saved by a newer version, or has dense layers whose heads the size of
+            `group` does not divide.
     """
     folder = fetch(name)
     spec = read_spec(folder)
     config, seed = saved_attention(spec, source=f"{folder}/config.json")
     model = load_dense(folder, spec=spec, dtype=dtype)
-    install(model, attention_from(asdict(config) | {"backend": backend}, source="backend"), RankGroup(), seed=seed)
+    config = attention_from(asdict(config) | {"backend": backend}, source="backend")
+    install(model, config, group or RankGroup(), seed=seed, exchange=exchange)
     load_scorers(model, folder)
     return model
 

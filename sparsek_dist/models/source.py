@@ -11,6 +11,8 @@ from sparsek_dist.config import Config, flatten
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.export import tokenizer_beside
 from sparsek_dist.models.pretrained import fetch, is_sparsek, read_spec, saved_attention
+from sparsek_dist.models.sharing import least_shard
+from sparsek_dist.relations import short_shards
 
 
 def source_spec(config: Config, *, vocab_size: int) -> PreTrainedConfig:
@@ -32,6 +34,7 @@ def source_spec(config: Config, *, vocab_size: int) -> PreTrainedConfig:
     _stretch(spec, config)
     if is_sparsek(spec):
         _check_attention(spec, config)
+    _check_sharing(spec, config)
     return spec
 
 
@@ -45,6 +48,15 @@ def check_tokenizer(config: Config, tokenizer: Any) -> None:
             f"data.tokenizer = {config.data.tokenizer} is not the tokenizer that model.source = {config.model.source} "
             f"was trained with: set data.tokenizer={config.model.source}"
         )
+
+
+def _check_sharing(spec: PreTrainedConfig, config: Config) -> None:
+    """What relations.sharding asks of a model from scratch."""
+    length, degree = config.data.sequence_length, config.parallel.sequence_degree
+    window = least_shard(spec, config.attention, degree=degree, told="parallel.sequence_degree")
+    told = f"data.sequence_length = {length} over parallel.sequence_degree = {degree}"
+    if problem := short_shards(length, degree, window, told=told):
+        raise ConfigError(problem)
 
 
 def _stretch(spec: PreTrainedConfig, config: Config) -> None:

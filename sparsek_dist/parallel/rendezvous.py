@@ -9,6 +9,8 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -77,19 +79,17 @@ def initialize(ranks: Ranks, *, timeout: timedelta, init_method: str | None = No
         _choose_interface(ranks)
     # Its progress messages would drown ours.
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed and torch read these again by themselves, at moments of their own.
-    values = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.address, ranks.port)
-    os.environ.update(zip(LAUNCHER_VARIABLES, map(str, values), strict=True))
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timeout,
-            init_method=init_method,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        )
+        with _told_to_torch(ranks):
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timeout,
+                init_method=init_method,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
     except torch.distributed.DistError as error:
         raise PeerError(
             f"rank {ranks.rank} of {ranks.world_size} did not meet the others at {ranks.address}:{ranks.port} within "
@@ -103,6 +103,27 @@ def shutdown() -> None:
     """Ends the process group, if there is one."""
     if torch.distributed.is_initialized():
         deepspeed.comm.destroy_process_group()
+
+
+@contextmanager
+def _told_to_torch(ranks: Ranks) -> Iterator[None]:
+    """The environment that torch's rendezvous reads, which is then as it was found, but for LOCAL_RANK.
+
+    Left there, a program that this one starts, or its own next `discover`, would take itself for one of these ranks.
+    """
+    values = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.address, ranks.port)
+    told = dict(zip(LAUNCHER_VARIABLES, map(str, values), strict=True))
+    # DeepSpeed's engine and its ZeRO-3 go on reading LOCAL_RANK, at moments of their own; by itself it starts nothing.
+    found = {name: os.environ.get(name) for name in told if name != "LOCAL_RANK"}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in found.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _from_environment() -> Ranks:

@@ -84,6 +84,17 @@ def test_rows_cannot_be_spoiled_by_their_reader(contexts: Contexts) -> None:
     np.testing.assert_array_equal(loader.rows(2), before)
 
 
+def test_shards_are_as_long_as_they_must_be(contexts: Contexts) -> None:
+    loader = Loader(contexts, seed=0, sequences_per_step=3)
+    batch = loader.micro_batch(0, 0, data_rank=0, data_degree=1, micro_batch_size=3)
+    first, second = (batch.shard(rank, 2, shortest=40) for rank in range(2))
+    assert torch.equal(first.input_ids[:, :32], batch.input_ids) and first.labels.shape == (3, 40)
+    assert (first.labels[:, 32:] == IGNORED).all() and (second.labels == IGNORED).all()
+    assert second.position_ids.tolist() == [list(range(8, 48))] * 3
+    assert batch.shard(0, 1, shortest=40).labels.shape == (3, 32)
+    assert batch.shard(0, 2, shortest=3).labels.shape == (3, 16)
+
+
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_shards_are_all_of_the_batch(contexts: Contexts, degree: int) -> None:
     batch = Loader(contexts, seed=0, sequences_per_step=8).micro_batch(

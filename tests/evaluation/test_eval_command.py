@@ -9,18 +9,24 @@ from pathlib import Path
 import pytest
 
 from sparsek_dist.cli import main, parse
+from sparsek_dist.commands import evaluation_ranks
 from sparsek_dist.models.pretrained import sparsify
 from sparsek_dist.models.tokenizer import load_tokenizer
 from tests.models.tiny import tiny_model
+
+BYTES = {"vocab_size": 257, "eos_token_id": 256, "bos_token_id": 256}
+
+
+def _save(model, name: str) -> None:
+    model.save_pretrained(name)
+    load_tokenizer("bytes").save_pretrained(name)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A converted byte-level model, beside a text of two documents."""
     monkeypatch.chdir(tmp_path)
-    model = tiny_model("llama", vocab_size=257, eos_token_id=256, bos_token_id=256).float()
-    sparsify(model, num_selected=6, window=6).save_pretrained("model")
-    load_tokenizer("bytes").save_pretrained("model")
+    _save(sparsify(tiny_model("llama", **BYTES).float(), num_selected=6, window=6), "model")
     (tmp_path / "text").mkdir()
     for index in range(2):
         (tmp_path / "text" / f"{index}.txt").write_text(f"document {index}: " + "the cat sat on the mat. " * 10)
@@ -73,6 +79,35 @@ def test_refusals(words, folder, capsys) -> None:
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(folder.glob("eval*"))
+
+
+SHARED_REFUSALS = {
+    (4, "eval model --data text --length 20"): "--length = 20 over 4 processes, the sequence-parallel degree, leaves "
+    "shards of 5 tokens, shorter than the window of 6: use a length of at least 24, or a degree of at most 3",
+    (70, "eval model --task passkey --lengths 400,350"): "--lengths = 350 over 70 processes",
+    (3, "eval dense --data text --length 64"): "the number of processes = 3 must divide the 4 query heads and 2 KV",
+    (2, "eval sliding --data text --length 64"): "layer 1 slides a window of 9 tokens",
+    (3, "eval mixed --data text --length 64"): "its dense layers share heads among ranks: use 1 or 2",
+}
+
+
+@pytest.mark.parametrize(("processes", "words"), SHARED_REFUSALS)
+def test_what_ranks_cannot_share_is_told_before_they_meet(processes, words, folder, monkeypatch, capsys) -> None:
+    if "dense" in words:
+        _save(tiny_model("llama", **BYTES), "dense")
+    if "mixed" in words:
+        _save(sparsify(tiny_model("llama", **BYTES), window=6, full_layers="1"), "mixed")
+    if "sliding" in words:
+        _save(tiny_model("qwen2 with sliding layers", **BYTES), "sliding")
+    launched = {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "MASTER_ADDR": "nowhere", "MASTER_PORT": 1}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(evaluation_ranks, "initialize", lambda *args, **kwargs: pytest.fail("met"))
+    # transformers draws bars while it saves.
+    capsys.readouterr()
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and SHARED_REFUSALS[processes, words] in error
 
 
 def test_a_list_that_is_none(folder, capsys) -> None:

@@ -11,7 +11,8 @@ import torch
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.evaluation.haystack import MAX_NEEDLES, Haystacks
 from sparsek_dist.evaluation.plots import plot_retrieval
-from sparsek_dist.evaluation.retrieval import retrieve
+from sparsek_dist.evaluation.retrieval import in_one_pass, retrieve
+from sparsek_dist.evaluation.shards import Sharing
 from sparsek_dist.models.pretrained import sparsify
 from sparsek_dist.models.tokenizer import load_tokenizer
 from tests.models.tiny import tiny_model
@@ -46,7 +47,7 @@ class Reader:
             name = said[2]
         return list(f" {found[2]}".encode()) if found else list(b" no one")
 
-    def __call__(self, input_ids, use_cache):
+    def __call__(self, input_ids, position_ids, use_cache):
         ids = input_ids[0].tolist()
         begin = bytes(ids[1:]).rindex(b" is") + 4
         likeliest = [0] * (begin - 1) + self._answer(ids[:begin])
@@ -125,6 +126,12 @@ def test_a_real_model_scores_as_it_generates() -> None:
     logits = model(prompt[:, :-1], use_cache=False).logits[0, len(sample.prompt) - 1 :].log_softmax(-1)
     assert cell.accuracy == 1
     assert cell.log_likelihood == pytest.approx(sum(row[i].item() for row, i in zip(logits, own, strict=True)))
+    assert in_one_pass(model, type(sample)(sample.prompt, own), Sharing()) == (cell.log_likelihood, True)
+    # One token that greedy decoding would not write, at either end.
+    for wrong in ([own[0] ^ 1, *own[1:]], [*own[:-1], own[-1] ^ 1]):
+        assert not in_one_pass(model, type(sample)(sample.prompt, wrong), Sharing())[1]
+    haystacks.sample = lambda *_: type(sample)(sample.prompt, wrong)  # type: ignore[method-assign]
+    assert retrieve(model, haystacks, lengths=[200], depths=[0.5], samples=1)[0].accuracy == 0
 
 
 REFUSALS = [

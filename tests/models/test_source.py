@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from sparsek_dist import load_pretrained, sparsify
-from sparsek_dist.config import Config, TuneConfig, load
+from sparsek_dist.config import AttentionConfig, Config, TuneConfig, load
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.build import build_model, count_parameters, with_shape
 from sparsek_dist.models.export import export_model
+from sparsek_dist.models.pretrained import read_spec
+from sparsek_dist.models.sharing import least_shard
 from sparsek_dist.models.source import check_tokenizer
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.parallel.mesh import Mesh
@@ -119,6 +121,8 @@ REFUSALS = {
     "model.rope=yarn": "model.rope = yarn has nothing to stretch",
     "data.sequence_length=1000": r"exceeds the 256 positions .*model\.rope=yarn",
     "model.source=missing": "neither a folder nor a model",
+    "parallel.sequence_degree=16": "leaves shards of 4 tokens, shorter than the window of 5: .* at least 80",
+    "attention.full_layers=1 parallel.sequence_degree=4": "4 must divide the 4 query heads and 2 KV heads .*use 1 or 2",
 }
 
 
@@ -126,7 +130,27 @@ REFUSALS = {
 def test_refusals(folder, override):
     tiny_model("llama").save_pretrained(folder)
     with pytest.raises(Exception, match=REFUSALS[override]):
-        _build(_config(folder, override))
+        _build(_config(folder, *override.split()))
+
+
+def test_shards_hold_the_windows_of_layers_that_slide(folder):
+    tiny_model("qwen2 with sliding layers").save_pretrained(folder)
+    assert least_shard(read_spec(folder), AttentionConfig(window=5), degree=2, told="degree") == 9
+    with pytest.raises(ConfigError, match=r"shards of 8 tokens, shorter than the window of 9"):
+        count_parameters(_config(folder, "parallel.sequence_degree=8"), vocab_size=VOCABULARY)
+    with pytest.raises(ConfigError, match=r"layer 1 slides a window of 9 tokens, .* over several ranks"):
+        count_parameters(_config(folder, "parallel.sequence_degree=2", "attention.kind=full"), vocab_size=VOCABULARY)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_positions_that_change_with_the_length_cannot_be_shared(rope):
+    spec = tiny_model("llama").config
+    spec.rope_parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0}
+    assert least_shard(spec, AttentionConfig(window=5), degree=1, told="degree") == 1
+    for parameters in (spec.rope_parameters, {"full_attention": spec.rope_parameters}):
+        spec.rope_parameters = parameters
+        with pytest.raises(ConfigError, match=f"rope_type = {rope} of this llama model changes with the length"):
+            least_shard(spec, AttentionConfig(window=5), degree=2, told="degree")
 
 
 def test_learned_positions_cannot_be_stretched(folder):

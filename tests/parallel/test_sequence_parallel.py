@@ -57,6 +57,7 @@ CASES = {
     "baseline sink_window": Case(_attention(kind="sink_window")),
     "baseline window": Case(_attention(kind="window"), "random"),
     "baseline full": Case(_attention(kind="full"), "random"),
+    "one layer stays dense": Case(_attention(gate="value", full_layers="1"), "random", length=LENGTH - 1),
     "baseline full in one document": Case(
         _attention(kind="full", num_selected=0), length=LENGTH - 1, activation_checkpointing=True
     ),
@@ -65,7 +66,8 @@ CASES = {
 
 def _config(case: Case, exchange: str) -> Config:
     # Only Ulysses needs heads that the degree divides; 3 KV heads divide by neither 2 nor 4.
-    hidden, heads, head_dim = (24, 24, 2) if case.attention.kind == "full" else (12, 6, 4)
+    dense = case.attention.kind == "full" or case.attention.full_layers != "none"
+    hidden, heads, head_dim = (24, 24, 2) if dense else (12, 6, 4)
     config = Config(
         model=ModelConfig(
             hidden_size=hidden,

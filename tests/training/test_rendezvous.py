@@ -72,20 +72,25 @@ def test_missing_peer(tmp_path) -> None:
 
 
 def test_world_of_one_needs_no_launcher() -> None:
-    """Nor a compiler: with an empty PATH, DeepSpeed's extension could not be built."""
+    """Nor a compiler: with an empty PATH, DeepSpeed's extension could not be built. The environment stays as it was."""
     result = _python(
         """
+        import os
         from datetime import timedelta
         from sparsek_dist.parallel.rendezvous import discover, initialize, shutdown
         import torch
+        before = dict(os.environ)
         device = initialize(discover(), timeout=timedelta(seconds=20))
         print(device, torch.distributed.get_world_size(), torch.distributed.get_backend())
+        print(sorted(name for name in os.environ if os.environ[name] != before.get(name)))
         shutdown()
-        print(torch.distributed.is_initialized())
+        print(torch.distributed.is_initialized(), discover().launcher)
         """,
         PATH="/nowhere",
+        MASTER_ADDR="another",
     )
-    assert result.stdout.splitlines()[-2:] == ["cpu 1 gloo", "False"], result.stderr
+    left = ["GLOO_SOCKET_IFNAME", "LOCAL_RANK"]
+    assert result.stdout.splitlines()[-3:] == ["cpu 1 gloo", str(left), "False alone"], result.stderr
 
 
 @pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside this Python")
