@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from sparsek_dist.config import Config, load
+from sparsek_dist.config import Config
 from sparsek_dist.data.corpus import Corpus, prepare
 from sparsek_dist.data.loader import Loader
 from sparsek_dist.data.packing import Contexts
 from sparsek_dist.models import build_model
 from sparsek_dist.models.tokenizer import load_tokenizer
+from sparsek_dist.settings import load
 from sparsek_dist.training.engine import build_engine
 from sparsek_dist.training.loop import micro_batches, train_step
 from two_gpus_lab import Lab

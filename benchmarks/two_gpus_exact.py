@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sparsek_dist.attention.exchange import received_per_layer
-from sparsek_dist.attention.parallel import Budget, ParallelAttention
+from sparsek_dist.attention.parallel import ParallelAttention
 from sparsek_dist.parallel.comm import all_reduce_sum
 from sparsek_dist.parallel.layout import shard
 from sparsek_dist.parallel.mesh import RankGroup
+from sparsek_kernels import Budget
 from two_gpus_lab import Lab
 
 EXCHANGES = ("all_gather", "scan")

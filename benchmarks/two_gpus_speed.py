@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from machine import Heads
-from sparsek_dist.attention.parallel import Budget, ParallelAttention
+from sparsek_dist.attention.parallel import ParallelAttention
 from sparsek_dist.attention.ulysses import UlyssesAttention
 from sparsek_dist.config import AttentionConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from sparsek_dist.data.loader import Batch
@@ -21,6 +21,7 @@ from sparsek_dist.parallel.mesh import Mesh
 from sparsek_dist.training.engine import build_engine
 from sparsek_dist.training.loop import train_step
 from sparsek_dist.training.together import gather_objects
+from sparsek_kernels import Budget
 from two_gpus_lab import Lab, WithoutExchange
 
 TOKENS = (1 << 15, 1 << 17, 1 << 19)

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsek_dist.config import load
 from sparsek_dist.errors import ConfigError, NumericsError, PeerError, SparsekError
+from sparsek_dist.settings import load
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,11 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sparsek_dist.config import Config
+from sparsek_dist.errors import ConfigError
 from sparsek_kernels.dispatch import no_triton
-
-if TYPE_CHECKING:
-    from sparsek_dist.config import Config
 
 DEEPSPEED_KEYS = frozenset(
     {
@@ -81,6 +80,16 @@ def problems(config: Config, flat: dict[str, Any]) -> list[str]:
         # The shape of a pretrained model is known when its config is read; models/sharing.py then asks of it.
         return [*_ranges(flat)] or [*_source(config), *_attention(config), *_rest(config)]
     return [*_ranges(flat)] or [*_model(config), *sharding(config), *_attention(config), *_rest(config)]
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raises ConfigError if `world_size` processes cannot be divided into sequence-parallel groups."""
+    degree = config.parallel.sequence_degree
+    if world_size % degree:
+        raise ConfigError(
+            f"parallel.sequence_degree = {degree} must divide the number of processes, {world_size}: "
+            f"start {near_multiple(world_size, degree)} processes, or set it to {divisors(world_size)}"
+        )
 
 
 def _ranges(flat: dict[str, Any]) -> Iterator[str]:

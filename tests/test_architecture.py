@@ -12,7 +12,7 @@ PACKAGES = ("sparsek_dist", "kernels/sparsek_kernels")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 SOLE_IMPORTERS = {
-    "omegaconf": ("sparsek_dist/config.py",),
+    "omegaconf": ("sparsek_dist/settings.py",),
     "deepspeed": (
         "sparsek_dist/attention/ulysses.py",
         "sparsek_dist/parallel/comm.py",

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsek_dist.config import Config, flatten, from_yaml, load, to_yaml
+from sparsek_dist.config import Config, flatten
 from sparsek_dist.errors import ConfigError
+from sparsek_dist.relations import check_world_size
+from sparsek_dist.settings import from_yaml, load, to_yaml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -16,7 +18,7 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_configurations_load(path):
     config = load(path)
-    config.check_world_size(config.parallel.sequence_degree)
+    check_world_size(config, config.parallel.sequence_degree)
     assert config.run.name == path.stem
 
 
@@ -93,7 +95,7 @@ def test_several_mistakes_are_reported_together():
 @pytest.mark.parametrize(("size", "cure"), [(3, "start 2 or 4 processes"), (1, "start 2 processes")])
 def test_world_size_must_divide(size, cure):
     with pytest.raises(ConfigError, match=f"must divide the number of processes, {size}: {cure}"):
-        load(ROOT / "configs" / "quickstart.yaml").check_world_size(size)
+        check_world_size(load(ROOT / "configs" / "quickstart.yaml"), size)
 
 
 @pytest.mark.parametrize("text", ["run: [", "run:\n\tname: x", "run: {name: a, name: b}", "7"])

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from sparsek_dist.cli import main, parse
-from sparsek_dist.config import load
 from sparsek_dist.models.families import FAMILIES
 from sparsek_dist.models.tokenizer import load_tokenizer
+from sparsek_dist.settings import load
 from tests.models.tiny import tiny_model
 
 TEXT = (Path(__file__).parent.parent / "docs" / "pretrained.md").read_text()

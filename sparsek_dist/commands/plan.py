@@ -13,6 +13,7 @@ from sparsek_dist.attention.parallel import budget_of
 from sparsek_dist.config import Config
 from sparsek_dist.models.build import count_parameters, with_shape
 from sparsek_dist.models.tokenizer import load_tokenizer
+from sparsek_dist.relations import check_world_size
 from sparsek_dist.training.engine import Precision, deepspeed_config, resolve_precision
 
 BYTES_OF = {"float32": 4, "bfloat16": 2}
@@ -31,7 +32,7 @@ def plan(config: Config, world_size: int | None, *, on_gpu: bool) -> None:
         ConfigError: if so many processes cannot run it.
     """
     size = config.parallel.sequence_degree if world_size is None else world_size
-    config.check_world_size(size)
+    check_world_size(config, size)
     precision = resolve_precision(config, on_gpu=on_gpu)
     settings = deepspeed_config(config, size, precision=precision)
     vocab_size = len(load_tokenizer(config.data.tokenizer))

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sparsek_dist.config import load
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.distill import fit_scorers, start_scorers
 from sparsek_dist.models.export import check_new, export_folder, tokenizer_beside
 from sparsek_dist.models.families import attention_modules
 from sparsek_dist.models.pretrained import fetch, load_dense, sparsify
+from sparsek_dist.settings import load
 
 DISTILL_LENGTH, DISTILL_CONTEXTS = 1024, 64
 """Tokens of a context, at least, and contexts at most, that a first fit reads."""

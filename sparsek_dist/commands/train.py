@@ -30,6 +30,7 @@ from sparsek_dist.models.source import check_tokenizer
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.parallel.mesh import Mesh, build_mesh
 from sparsek_dist.parallel.rendezvous import discover, initialize, shutdown
+from sparsek_dist.relations import check_world_size
 from sparsek_dist.training.checkpoint import Checkpoints, Position
 from sparsek_dist.training.engine import build_engine, deepspeed_config
 from sparsek_dist.training.loop import Run, fit
@@ -48,7 +49,7 @@ def train(config: Config) -> None:
         SparsekError: whatever a user can cause or cure.
     """
     ranks = discover()
-    config.check_world_size(ranks.world_size)
+    check_world_size(config, ranks.world_size)
     # Only to refuse what DeepSpeed would not take, before any work is done.
     deepspeed_config(config, ranks.world_size, precision="float32")
     tokenizer = load_tokenizer(config.data.tokenizer)

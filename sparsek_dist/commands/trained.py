@@ -10,12 +10,13 @@ import torch
 
 from sparsek_dist.attention.awareness import refuse_unaware_layers
 from sparsek_dist.attention.exchange import Exchange
-from sparsek_dist.config import Config, from_yaml
+from sparsek_dist.config import Config
 from sparsek_dist.errors import CheckpointError
 from sparsek_dist.models.pretrained import is_sparsek, load_dense, load_pretrained, read_spec
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.models.ulysses import install_ulysses
 from sparsek_dist.parallel.mesh import RankGroup
+from sparsek_dist.settings import from_yaml
 from sparsek_dist.training.checkpoint_names import newest_model
 from sparsek_dist.training.manifest import find_damage
 from sparsek_dist.training.run_folder import CONFIG_FILE

@@ -25,11 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from sparsek_dist.attention.exchange import Exchange
-from sparsek_dist.config import AttentionConfig, attention_from
+from sparsek_dist.config import AttentionConfig
 from sparsek_dist.errors import CheckpointError, ConfigError
 from sparsek_dist.models.adapter import FORMAT, install
 from sparsek_dist.models.families import family_of, turn_dropout_off
 from sparsek_dist.parallel.mesh import RankGroup
+from sparsek_dist.settings import attention_from
 
 SCORER = ".scorer."
 """In the name of every weight that SPARSEK adds to a model."""

@@ -70,7 +70,7 @@ def build_mesh(sequence_degree: int, *, timeout: timedelta) -> Mesh:
         timeout: how long a collective may wait. Groups do not inherit it from the world, so it is given to each.
     """
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    assert size % sequence_degree == 0, "Config.check_world_size comes first"
+    assert size % sequence_degree == 0, "relations.check_world_size comes first"
     world = RankGroup(tuple(range(size)), rank, torch.distributed.group.WORLD if size > 1 else None)
     sequence = RankGroup((rank,))
     for start in range(0, size, sequence_degree):

@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from sparsek_dist.config import Config, to_yaml
+from sparsek_dist.config import Config
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.parallel.mesh import Mesh
+from sparsek_dist.settings import to_yaml
 from sparsek_dist.training.together import gather_objects, together
 
 CONFIG_FILE = "config.yaml"

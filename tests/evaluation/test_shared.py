@@ -16,7 +16,6 @@ from sparsek_dist.commands import train as training
 from sparsek_dist.commands.evaluate import evaluate_retrieval, evaluate_text
 from sparsek_dist.commands.evaluation_ranks import opened
 from sparsek_dist.commands.evaluation_target import open_target
-from sparsek_dist.config import load
 from sparsek_dist.data.loader import evaluation_batches
 from sparsek_dist.data.packing import Contexts
 from sparsek_dist.errors import SparsekError
@@ -30,6 +29,7 @@ from sparsek_dist.evaluation.text import store_of
 from sparsek_dist.models.pretrained import load_pretrained, sparsify
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.parallel.rendezvous import Ranks
+from sparsek_dist.settings import load
 from tests.distributed import run_distributed
 from tests.models.tiny import tiny_model
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsek_dist import load_pretrained, sparsify
-from sparsek_dist.config import AttentionConfig, Config, TuneConfig, load
+from sparsek_dist.config import AttentionConfig, Config, TuneConfig
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.build import build_model, count_parameters, with_shape
 from sparsek_dist.models.export import export_model
@@ -18,6 +18,7 @@ from sparsek_dist.models.sharing import least_shard
 from sparsek_dist.models.source import check_tokenizer
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.parallel.mesh import Mesh
+from sparsek_dist.settings import load
 from tests.models.tiny import VOCABULARY, tiny_model, tokens
 
 ATTENTION = ("attention.num_selected=6", "attention.window=5")
