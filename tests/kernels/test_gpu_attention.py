@@ -18,6 +18,7 @@ from sparsek_kernels.gpu.tiles import Tile, Tiles
 from sparsek_kernels.reference import attention_reference
 from tests.kernels.cases import EDGE_CASES, GATES, Case
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float32) if ON_GPU else ("cpu", torch.float64)
 TOLERANCE = 2e-5 if ON_GPU else 1e-10

@@ -23,6 +23,7 @@ from sparsek_kernels.selection import Selection, select
 from tests.kernels.cases import make_scores
 from tests.kernels.compile_only import compile_kernel
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERNS = (
     "random", "ties", "constant", "steep", "increasing", "decreasing", "two_values",
