@@ -78,7 +78,8 @@ def _grad_keys(
     empty: dict[str, Any] = {"dtype": lse.dtype, "device": lse.device}
     grad_key, grad_value = (torch.empty(b, t, g, d, dtype=call.key.dtype, device=lse.device) for _ in range(2))
     grad_u = torch.empty(b, g, support + t, **empty)
-    carried = (torch.empty_like(call.carry_key), torch.empty_like(call.carry_value))
+    # Not empty_like: strides of an empty tensor may be any, and would be copied.
+    carried = (call.carry_key.new_empty(call.carry_key.shape), call.carry_value.new_empty(call.carry_value.shape))
     heads = max(1, min(b * g, ROWS_BYTES // (2 * layout.num_rows * d * lse.element_size())))
     rows_key, rows_value = torch.empty(2, heads * layout.num_rows, d, **empty)
     rows_u = torch.empty(heads * layout.num_rows, **empty)
