@@ -287,10 +287,10 @@ SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.s
         (gpu.interval_kernel, 40),
         (gpu.alive_kernel, 40),
         (gpu.table_kernel, 32),
-        (wavelet._rank_entries, 32),
-        (wavelet._total_tiles, 64),
-        (wavelet._descend, 128),  # With 8 warps.
-        (wavelet._descend_within_tiles, 64),
+        (wavelet.rank_entries_kernel, 32),
+        (wavelet.total_tiles_kernel, 64),
+        (wavelet.descend_kernel, 128),  # With 8 warps.
+        (wavelet.descend_within_tiles_kernel, 64),
     ],
     ids=lambda value: getattr(value, "__name__", None) or getattr(getattr(value, "fn", None), "__name__", ""),
 )
@@ -298,7 +298,7 @@ def test_kernels_compile_without_spilling(kernel: object, most_registers: int, a
     constexprs = {
         name: value for name, value in {"TILE": 512, "BLOCK": 128, "BITS": 3}.items() if name in kernel.arg_names
     }
-    warps = 8 if kernel is wavelet._descend else 4
+    warps = 8 if kernel is wavelet.descend_kernel else 4
     resources = compile_kernel(kernel, SIGNATURE, constexprs, arch=arch, num_warps=warps)
     assert resources.spills == 0
     assert resources.registers <= most_registers, resources

@@ -28,7 +28,7 @@ MOST_BITS = 3
 """Levels that one pass over the entries goes down at most, where nodes are larger than tiles. Each more halves the
 launches and doubles the numbers a program holds at a time (at 3, half of what a block of 8 warps can have)."""
 BLOCK = 512
-"""Entries that one program of `_rank_entries` works on."""
+"""Entries that one program of `rank_entries_kernel` works on."""
 TILES_AT_ONCE = tl.constexpr(128)
 
 
@@ -75,7 +75,7 @@ def build_wavelet(latest_first: Tensor, num_finite: int) -> Wavelet:
     ranks = torch.empty_like(order)
     levels, tiles = length.bit_length(), triton.cdiv(length, TILE)
     centre = torch.empty(rows, dtype=torch.float64, device=ranked.device)
-    _rank_entries[(triton.cdiv(length, BLOCK), rows)](
+    rank_entries_kernel[(triton.cdiv(length, BLOCK), rows)](
         ranked, index, order, ranks, centre, length, num_finite // 2, BLOCK=BLOCK
     )
 
@@ -87,18 +87,20 @@ def build_wavelet(latest_first: Tensor, num_finite: int) -> Wavelet:
     ids, target, spare, level = ranks, torch.empty_like(ranks), torch.empty_like(ranks), 0
     while level < within:
         bits, size = min(MOST_BITS, within - level), 1 << (levels - level)
-        _total_tiles[(tiles, rows)](ids, ranked, centre, counts, totals, length, size, TILE=TILE, BITS=bits)
-        _descend[(tiles, rows)](
+        total_tiles_kernel[(tiles, rows)](ids, ranked, centre, counts, totals, length, size, TILE=TILE, BITS=bits)
+        descend_kernel[(tiles, rows)](
             ids, target, ranked, centre, counts, totals, zeros, sums, length, level, levels, size,
             TILE=TILE, BITS=bits, num_warps=8,
         )  # fmt: skip
         ids, target, spare, level = target, spare, target, level + bits
-    _descend_within_tiles[(tiles, rows)](ids, target, ranked, centre, zeros, sums, length, level, levels, TILE=TILE)
+    descend_within_tiles_kernel[(tiles, rows)](
+        ids, target, ranked, centre, zeros, sums, length, level, levels, TILE=TILE
+    )
     return Wavelet(ranked, order, ranks, centre, zeros, sums, TILE)
 
 
 @triton.jit
-def _rank_entries(ranked, index, order, ranks, centre, length, middle, BLOCK: tl.constexpr):
+def rank_entries_kernel(ranked, index, order, ranks, centre, length, middle, BLOCK: tl.constexpr):
     """From the sorted table, latest first, to that of each rank's entry and of each entry's rank; and the centre."""
     row = tl.program_id(1).to(tl.int64)
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -128,7 +130,7 @@ def _entries_of_tile(ids, ranked, centre, length, TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["size"])
-def _total_tiles(ids, ranked, centre, counts, totals, length, size, TILE: tl.constexpr, BITS: tl.constexpr):
+def total_tiles_kernel(ids, ranked, centre, counts, totals, length, size, TILE: tl.constexpr, BITS: tl.constexpr):
     """Of each tile of a level whose nodes are larger than tiles: how many entries go to each of the 2^BITS nodes below
     theirs, BITS levels further down; and the sums of the scores, by the 2^(BITS - 1) nodes one level before that.
     """
@@ -144,7 +146,7 @@ def _total_tiles(ids, ranked, centre, counts, totals, length, size, TILE: tl.con
 
 @triton.jit
 def _tiles_before(counts, totals, first_tile, BITS: tl.constexpr):
-    """Sums over the tiles [first_tile, this one) of what `_total_tiles` wrote: [2^BITS] and [2^(BITS - 1)]."""
+    """Sums over the tiles [first_tile, this one) of what `total_tiles_kernel` wrote: [2^BITS] and [2^(BITS - 1)]."""
     tile = tl.program_id(0)
     start = tl.program_id(1).to(tl.int64) * tl.num_programs(0)
     buckets, halves = tl.arange(0, 1 << BITS), tl.arange(0, 1 << (BITS - 1))
@@ -160,7 +162,7 @@ def _tiles_before(counts, totals, first_tile, BITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["level", "size"])
-def _descend(
+def descend_kernel(
     ids, next_ids, ranked, centre, counts, totals, zeros, sums, length, level, levels, size, TILE: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +199,7 @@ def _descend(
 
 
 @triton.jit(do_not_specialize=["level"])
-def _descend_within_tiles(ids, scratch, ranked, centre, zeros, sums, length, level, levels, TILE: tl.constexpr):
+def descend_within_tiles_kernel(ids, scratch, ranked, centre, zeros, sums, length, level, levels, TILE: tl.constexpr):
     """Writes the running totals of the last levels, from the first whose nodes fit into tiles: a tile each on its own.
 
     Entries change places through `scratch`, between which all threads of the program wait for each other.
