@@ -198,8 +198,8 @@ def test_the_choice_of_a_backend_is_no_part_of_the_graph(monkeypatch: pytest.Mon
     """As on a GPU, where the driver is asked: one question in the graph broke it."""
     properties = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=1 << 18)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     device = torch.device("cuda", 0)
 
