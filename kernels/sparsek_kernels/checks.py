@@ -74,15 +74,15 @@ def check_finite(scores: Tensor, checks: DeviceChecks | None = None) -> None:
 def document_starts(document_ids: Tensor | None, query: Tensor, checks: DeviceChecks | None = None) -> Tensor:
     """[b, s] ids -> [b, s] index of the first token of each token's document; never decreasing, whatever the ids."""
     b, s = query.shape[:2]
-    index = torch.arange(s, device=query.device).expand(b, s)
     if document_ids is None:
-        return torch.zeros_like(index)
+        return torch.zeros(b, s, dtype=torch.int64, device=query.device)
     if document_ids.shape != (b, s) or document_ids.is_floating_point():
         raise ValueError(
             f"document_ids must be integers [b, s] = {[b, s]}, not {document_ids.dtype} {_shapes(document_ids)}"
         )
     step = document_ids.diff(dim=1)
     _require((step >= 0).all(), "document_ids must not decrease along the sequence: documents are contiguous", checks)
+    index = torch.arange(s, device=query.device).expand(b, s)
     begins = torch.nn.functional.pad(step != 0, (1, 0), value=True)
     return torch.where(begins, index, 0).cummax(dim=1).values
 

@@ -46,7 +46,7 @@ def why_not_triton(query: Tensor, num_kv_heads: int, num_selected: int = 0) -> s
     interpreted = _interpreted()
     if query.device.type != "cuda" and not interpreted:
         return f"the tensors are on {query.device.type}, and Triton compiles for CUDA devices"
-    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.device.type == "cuda" and _capability(query.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     dtypes = (torch.float16, torch.bfloat16, torch.float32, *((torch.float64,) if interpreted else ()))
     if query.dtype not in dtypes:
@@ -66,6 +66,8 @@ def why_not_triton(query: Tensor, num_kv_heads: int, num_selected: int = 0) -> s
     return None
 
 
+# What the machine is like is no part of a compiled graph, in which a question to the driver could not stand.
+@torch.compiler.assume_constant_result
 def no_triton() -> str | None:
     """What keeps Triton from running on this machine at all, in words; None if nothing does."""
     if importlib.util.find_spec("triton") is None:
@@ -79,7 +81,12 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
 def _shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_WIDE)
 

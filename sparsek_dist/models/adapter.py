@@ -23,10 +23,11 @@ from sparsek_dist.attention.exchange import Exchange
 from sparsek_dist.attention.parallel import ParallelAttention, budget_of, build_scorer
 from sparsek_dist.attention.ulysses import UlyssesAttention
 from sparsek_dist.config import AttentionConfig
-from sparsek_dist.errors import ConfigError, NumericsError
+from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.cache import KeptLayer, kept_layer
 from sparsek_dist.models.families import attention_modules, family_of, num_kv_heads, plan_layers, sliding_window
 from sparsek_dist.models.sharing import check_heads
+from sparsek_dist.models.watch import ScoreWatch
 from sparsek_dist.parallel.mesh import RankGroup
 
 NAME = "sparsek"
@@ -57,9 +58,10 @@ def install(
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _padding)
     attention = ParallelAttention(budget_of(config), group, config.backend, exchange)
+    prepare = partial(_prepare, cache_name=family.cache, watch=ScoreWatch(model))
     for index, (module, kind) in enumerate(zip(modules, plan, strict=True)):
         module.layer_kind = kind
-        module.register_forward_pre_hook(partial(_prepare, cache_name=family.cache), with_kwargs=True)
+        module.register_forward_pre_hook(prepare, with_kwargs=True)
         if kind == "full":
             if ulysses is not None:
                 module.ulysses_attention = ulysses
@@ -85,19 +87,18 @@ def _without_backend(entries: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in entries if name != "backend"}
 
 
-def _prepare(module: Any, args: tuple, kwargs: dict[str, Any], *, cache_name: str) -> tuple[tuple, dict[str, Any]]:
+def _prepare(
+    module: Any, args: tuple, kwargs: dict[str, Any], *, cache_name: str, watch: ScoreWatch
+) -> tuple[tuple, dict[str, Any]]:
     """What the attention function needs beyond queries, keys and values: positions, scores, this layer's cache."""
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     positions = document_positions(kwargs["position_ids"].expand(len(hidden), -1), kwargs.get("attention_mask"))
     added: dict[str, Any] = {"position_ids": positions}
     if module.layer_kind != "full":
         added["scores"] = scores = module.scorer(hidden, positions)
-        # A NaN would make the selection arbitrary without a trace, so it ends the run here, with the place.
-        if not bool(torch.isfinite(scores).all()):
-            raise NumericsError(
-                f"layer {module.layer_idx}: attention scores hold NaN or infinity; the run has diverged"
-            )
         cache = kwargs.get(cache_name)
+        # A cache keeps scores for later, and waits for the device anyway.
+        watch.add(module.layer_idx, scores, now=cache is not None)
         if cache is not None:
             added["kept"] = kept_layer(cache, module.layer_idx, module.parallel_attention)
     return args, kwargs | added

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -18,12 +19,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparsek_kernels.gpu import attention
+from sparsek_kernels.gpu import attention, layout, score_gradient
 from sparsek_kernels.gpu.call import new_call
 from sparsek_kernels.gpu.tiles import tiles_for
 from tests.kernels.compile_only import _usage
 
 TYPES = {
+    torch.float64: "*fp64",
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages")
@@ -49,13 +51,16 @@ def record(
         return torch.empty(shape, dtype=like, device="meta")
 
     log: list[tuple[Any, tuple, dict]] = []
-    kernels = {name: kernel for name, kernel in vars(attention).items() if name.endswith("_kernel")}
     t, s_carry, k_carry = (n + k - 1, 4 * k, k) if carry else (n, 0, 0)
     precise = torch.promote_types(dtype, torch.float32)
     entries = empty(1, g, s_carry + t, like=torch.int32)
     chunks = -(-n // tiles_for(d, group, dtype.itemsize).chunk)
     query, key, pairs = empty(1, n, g * group, d), empty(1, t, g, d), empty(1, g, k_carry, d)
-    with mock.patch.multiple(attention, **{name: Recorder(kernel, log) for name, kernel in kernels.items()}):
+    with ExitStack() as patches:
+        for module in (attention, layout, score_gradient):
+            kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
+            recorders = {name: Recorder(kernel, log) for name, kernel in kernels.items()}
+            patches.enter_context(mock.patch.multiple(module, **recorders))
         call = new_call(
             query, key, key, empty(1, t, g, like=precise), (pairs, pairs, empty(1, g, s_carry, like=precise)),
             (empty(1, g, n, like=precise), entries, entries, empty(1, g, chunks, k, like=torch.int32)),

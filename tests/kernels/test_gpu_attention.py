@@ -6,11 +6,15 @@ Bfloat16 products are wrong in the interpreter, so half precision is tested on G
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparsek_kernels import shard_attention, sparsek_attention
+from sparsek_kernels import dispatch, shard_attention, sparsek_attention
 from sparsek_kernels.device_checks import DeviceChecks
 from sparsek_kernels.dispatch import resolve
 from sparsek_kernels.gpu import attention, call, ops
@@ -18,6 +22,7 @@ from sparsek_kernels.gpu.tiles import Tile, Tiles
 from sparsek_kernels.reference import attention_reference
 from tests.kernels.cases import EDGE_CASES, GATES, Case
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.float32) if ON_GPU else ("cpu", torch.float64)
 TOLERANCE = 2e-5 if ON_GPU else 1e-10
@@ -158,13 +163,53 @@ def test_operators_are_what_torch_expects() -> None:
     torch.library.opcheck(ops.attention_op, attention)
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_backward_returns_the_strides_it_promises(strided: bool) -> None:
+    """Inductor believes them: also where inputs are strided and heads narrower than their tiles."""
+    _, arguments = op_arguments()
+
+    def spread(x: object) -> object:
+        """With neighbouring numbers apart in memory."""
+        return x.detach().unsqueeze(-1).repeat_interleave(2, -1)[..., 0] if torch.is_tensor(x) else x
+
+    arguments = tuple(map(spread, arguments)) if strided else arguments
+    out, lse = ops.attention_op(*arguments)
+    grad_out = torch.ones_like(out)
+    tests = ("test_schema", "test_faketensor")
+    backward = (spread(grad_out) if strided else grad_out, out, lse, *arguments)
+    torch.library.opcheck(ops.attention_op, arguments, test_utils=tests)
+    torch.library.opcheck(ops.attention_backward_op, backward, test_utils=tests)
+    with FakeTensorMode() as fake:
+        expected = ops.attention_backward_op(*(fake.from_tensor(x) if torch.is_tensor(x) else x for x in backward))
+    for found, wanted in zip(ops.attention_backward_op(*backward), expected, strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+
+
 def test_compiles_as_one_graph() -> None:
     case = Case("compile", s=70, num_selected=6, window=5, h=2, g=1, b=1)
     settings = {**case.settings(), "gate": "value"}
-    backend = "inductor" if ON_GPU else "aot_eager"
+    backend = "inductor" if ON_GPU or shutil.which("g++") else "aot_eager"
     compiled = torch.compile(on_triton, fullgraph=True, backend=backend)
     found = values_and_gradients(compiled, case, **settings)
     assert_close(found, {name: x.cpu() for name, x in values_and_gradients(on_triton, case, **settings).items()})
+
+
+def test_the_choice_of_a_backend_is_no_part_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the driver is asked: one question in the graph broke it."""
+    properties = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=1 << 18)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    device = torch.device("cuda", 0)
+
+    def choose(query: Tensor) -> Tensor:
+        hindrances = dispatch.no_triton() is None, dispatch._capability(device) < (8, 0)
+        return query + len(resolve("auto", query, 1)) * hindrances[0] + dispatch._shared_memory(device)
+
+    query = torch.zeros(1, 2, 1, 8)
+    found = torch.compile(choose, fullgraph=True, backend="eager")(query)
+    assert torch.equal(found, query + len("torch") + (1 << 18))
 
 
 def test_runs_are_bit_equal_and_leave_inputs_alone() -> None:

@@ -17,6 +17,7 @@ from tests.kernels.cases import GATES, Case
 from tests.kernels.compile_only import compile_kernel
 from tests.kernels.test_decode import assert_same_past, inputs_of, pieces, sizes_of, without_query
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

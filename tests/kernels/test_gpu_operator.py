@@ -12,6 +12,7 @@ from sparsek_kernels.reference import sparsek_reference
 from tests.kernels.cases import make_scores
 from tests.kernels.compile_only import compile_kernel
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 

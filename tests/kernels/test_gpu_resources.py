@@ -11,7 +11,12 @@ import pytest
 
 from tests.kernels.compile_only import MOST_SHARED
 
-KERNELS = {"forward_kernel", "grad_query_kernel", "grad_selected_kernel", "sum_rows_kernel", "grad_window_kernel"}
+PRODUCTS = {"forward_kernel", "grad_query_kernel", "grad_selected_kernel", "grad_window_kernel"}
+"""Kernels whose loads must overlap with their matrix products."""
+SUMS = {
+    "sum_rows_kernel", "total_rows_kernel", "place_rows_kernel", "total_shares_kernel", "run_shares_kernel",
+    "grad_scores_kernel",
+}  # fmt: skip
 MOST_SPILLED = 640
 """Bytes of local memory per thread: just above what the shipped tiles use, so that growth is noticed."""
 
@@ -34,12 +39,10 @@ def test_kernels_fit(setting: tuple) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert found.keys() == KERNELS
+    of_scores = {name for name in SUMS if "share" in name or "score" in name}
+    assert found.keys() == PRODUCTS | (SUMS - of_scores if "none" in setting else SUMS)
     for name, resources in found.items():
         assert resources["shared"] <= MOST_SHARED[arch], name
         # Exact float32 products need no tensor cores and take registers instead.
         assert resources["spills"] <= MOST_SPILLED or "float32" in setting, (name, resources)
-        assert name == "sum_rows_kernel" or "float32" in setting or resources["copies"] > 0, (
-            name,
-            "loads do not overlap",
-        )
+        assert name in SUMS or "float32" in setting or resources["copies"] > 0, (name, "loads do not overlap")

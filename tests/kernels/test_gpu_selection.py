@@ -23,6 +23,7 @@ from sparsek_kernels.selection import Selection, select
 from tests.kernels.cases import make_scores
 from tests.kernels.compile_only import compile_kernel
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERNS = (
     "random", "ties", "constant", "steep", "increasing", "decreasing", "two_values",
@@ -223,6 +224,16 @@ def test_many_rows_and_small_blocks(dtype: torch.dtype, blocks: pytest.MonkeyPat
     assert_equal(random_problem(11, "ties", dtype, 2, 2, 41, 6, 5, 13))
 
 
+@pytest.mark.parametrize("most_bits", [1, 2, 3])
+def test_many_levels_and_passes(most_bits: int, blocks: pytest.MonkeyPatch) -> None:
+    """Four levels in passes of 1, of 2, of 3 and 1; the tiles before a tile in several steps."""
+    blocks.setattr(wavelet, "TILE", 16)
+    blocks.setattr(wavelet, "MOST_BITS", most_bits)
+    if DEVICE == "cpu":
+        blocks.setattr(wavelet, "TILES_AT_ONCE", wavelet.tl.constexpr(4))
+    assert_equal(random_problem(13, "ties", torch.float64, 1, 1, 150, 6, 5, 13))
+
+
 def test_rows_one_by_one_give_what_rows_together_give(blocks: pytest.MonkeyPatch) -> None:
     problem = random_problem(5, "random", torch.float32, 1, 3, 25, 4, 3, 9)
     together = problem.on_gpu()
@@ -257,13 +268,13 @@ def test_the_selected_are_those_of_a_heap(pattern: str) -> None:
 
 
 ARGUMENTS = {
-    "i32": "length levels span size level steps first_row heads s carried carry_steps halo num_selected window support "
-    "chunk_size",
-    "*i32": "zeros order ranks theta sigma alive ids next_ids tile_zeros num_fractional support_size visible_until "
+    "i32": "length middle levels span size level steps first_row heads s carried carry_steps halo num_selected window "
+    "support chunk_size",
+    "*i32": "zeros order ranks theta sigma alive ids next_ids scratch counts num_fractional support_size visible_until "
     "fractional_from fractional_until",
-    "*i64": "document_start carry_positions carry_order",
-    "*fp32": "ranked tau tau_out selected_mass",
-    "*fp64": "sums centre tile_sums",
+    "*i64": "document_start carry_positions carry_order index",
+    "*fp32": "ranked tau tau_out selected_mass scores carry_scores latest_first",
+    "*fp64": "sums centre totals",
 }
 SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 
@@ -272,17 +283,24 @@ SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.s
 @pytest.mark.parametrize(
     ("kernel", "most_registers"),
     [
-        (select_kernel, 64),
+        (select_kernel, 80),
         (gpu.interval_kernel, 40),
         (gpu.alive_kernel, 40),
-        (wavelet._total_tiles, 64),
-        (wavelet._descend_level, 72),
+        (gpu.table_kernel, 32),
+        (wavelet.rank_entries_kernel, 32),
+        (wavelet.total_tiles_kernel, 64),
+        (wavelet.descend_kernel, 128),  # With 8 warps.
+        (wavelet.descend_within_tiles_kernel, 64),
     ],
     ids=lambda value: getattr(value, "__name__", None) or getattr(getattr(value, "fn", None), "__name__", ""),
 )
 def test_kernels_compile_without_spilling(kernel: object, most_registers: int, arch: int) -> None:
-    constexprs = {name: value for name, value in {"TILE": 512, "BLOCK": 128}.items() if name in kernel.arg_names}
-    resources = compile_kernel(kernel, SIGNATURE, constexprs, arch=arch)
-    assert resources.spills == 0
+    constexprs = {
+        name: value for name, value in {"TILE": 512, "BLOCK": 128, "BITS": 3}.items() if name in kernel.arg_names
+    }
+    warps = 8 if kernel is wavelet.descend_kernel else 4
+    resources = compile_kernel(kernel, SIGNATURE, constexprs, arch=arch, num_warps=warps)
+    # Eight bytes of stack are what the selection takes on the older architecture.
+    assert resources.spills <= (8 if arch == 80 else 0)
     assert resources.registers <= most_registers, resources
-    assert resources.shared <= 4096
+    assert resources.shared <= 8192

@@ -12,7 +12,8 @@ from sparsek_kernels.gpu.backward_key import grad_selected_kernel, grad_window_k
 from sparsek_kernels.gpu.backward_query import grad_query_kernel
 from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.forward import forward_kernel
-from sparsek_kernels.gpu.layout import Layout, rows_of_selected, running_sum
+from sparsek_kernels.gpu.layout import Layout, rows_of_selected
+from sparsek_kernels.gpu.score_gradient import score_gradient
 
 ROWS_AT_ONCE = 16
 """Partial rows of a pair that are added in one step; a power of two."""
@@ -26,9 +27,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out = torch.empty(b, s, h, d, dtype=call.query.dtype, device=call.query.device)
     lse = torch.empty(b, h, s, dtype=call.accumulate, device=call.query.device)
     gate = "none" if call.gate == "straight_through" else call.gate
+    # Without gates no score is read.
+    scores = call.tau if gate == "none" else call.scores
     constants = call.constants(call.tiles.forward)
     forward_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
-        *_tables(call, gate), out, lse, *_numbers(call), GATE=gate, **_query_constants(call), **constants
+        *_tables(call, gate, scores), out, lse, *_numbers(call), GATE=gate, **_query_constants(call), **constants
     )
     return out, lse
 
@@ -37,56 +40,56 @@ def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, fractional_until: Tensor, num_fractional: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, scores [b, t, g], carried keys, values, and scores."""
-    b, s, h, d, _, g, support = call.sizes
+    b, s, h, d, t, g, support = call.sizes
     gate = "value" if call.gate == "straight_through" else call.gate
     grad_out = grad_out.contiguous()
     delta, grad_sums = torch.empty_like(lse), torch.empty(b, g, s, dtype=lse.dtype, device=lse.device)
     grad_query = torch.empty(b, s, h, d, dtype=call.query.dtype, device=lse.device)
     constants = call.constants(call.tiles.grad_query)
     grad_query_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
-        *_tables(call, gate), out, grad_out, lse, delta, grad_sums, grad_query, *_numbers(call), GATE=gate,
+        *_tables(call, gate, call.scores), out, grad_out, lse, delta, grad_sums, grad_query, *_numbers(call), GATE=gate,
         STRAIGHT=call.gate == "straight_through", BG=call.tiles.gated_columns, **_query_constants(call), **constants,
     )  # fmt: skip
-    grad_key, grad_value, grad_u, carried = _grad_keys(call, gate, grad_out, lse, delta)
-    if gate != "none":
-        shares = grad_sums.double() / num_fractional.clamp_min(1)
-        running = running_sum(shares)
-        from_, until = call.fractional_from.long(), torch.maximum(fractional_until, call.fractional_from).long()
-        grad_u -= (running.gather(-1, until) - running.gather(-1, from_)).to(grad_u.dtype)
-    return (
-        grad_query,
-        grad_key,
-        grad_value,
-        grad_u[..., support:].transpose(1, 2).clone(memory_format=torch.contiguous_format),
-        carried[0],
-        carried[1],
-        grad_u[..., :support].clone(),
-    )
+    layout = rows_of_selected(
+        call.visible_until, num_selected=call.alive.shape[-1], support=support, window=call.window,
+        span=call.tiles.span, num_queries=s,
+    )  # fmt: skip
+    grad_key, grad_value, grad_u, carried = _grad_keys(call, gate, layout, grad_out, lse, delta)
+    if gate == "none":
+        grad_scores, grad_carry_scores = grad_u.new_zeros(b, t, g), grad_u.new_zeros(b, g, support)
+    else:
+        grad_scores, grad_carry_scores = score_gradient(
+            grad_u,
+            layout.first_row,
+            grad_sums,
+            num_fractional.contiguous(),
+            (call.fractional_from, fractional_until.contiguous()),
+            t,
+        )
+    return grad_query, grad_key, grad_value, grad_scores, *carried, grad_carry_scores
 
 
 def _grad_keys(
-    call: Call, gate: str, grad_out: Tensor, lse: Tensor, delta: Tensor
+    call: Call, gate: str, layout: Layout, grad_out: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Gradients of keys and values, the direct part of the scores' [b, g, S + t], and the carried pairs'."""
+    """Gradients of keys, values, the scores' direct part [b, g, S + t] where entries have rows, and carried pairs."""
     b, s, _, d, t, g, support = call.sizes
-    k, num_carried, tiles = call.alive.shape[-1], call.carry_key.shape[2], call.tiles
-    layout = rows_of_selected(
-        call.visible_until, num_selected=k, support=support, window=call.window, span=tiles.span, num_queries=s
-    )
+    num_carried, tiles = call.carry_key.shape[2], call.tiles
     empty: dict[str, Any] = {"dtype": lse.dtype, "device": lse.device}
     grad_key, grad_value = (torch.empty(b, t, g, d, dtype=call.key.dtype, device=lse.device) for _ in range(2))
-    grad_u = torch.zeros(b, g, support + t, **empty)
-    carried = [torch.zeros(b * g, num_carried, d, **empty) for _ in range(2)]
+    grad_u = torch.empty(b, g, support + t, **empty)
+    # Not empty_like: strides of an empty tensor may be any, and would be copied.
+    carried = (call.carry_key.new_empty(call.carry_key.shape), call.carry_value.new_empty(call.carry_value.shape))
     heads = max(1, min(b * g, ROWS_BYTES // (2 * layout.num_rows * d * lse.element_size())))
     rows_key, rows_value = torch.empty(2, heads * layout.num_rows, d, **empty)
     rows_u = torch.empty(heads * layout.num_rows, **empty)
     for first in range(0, b * g, heads):
         count = min(heads, b * g - first)
-        if k > 0:
+        if call.alive.shape[-1] > 0:
             _grad_selected(call, gate, layout, grad_out, lse, delta, (rows_key, rows_value, rows_u), (first, count))
             sum_rows_kernel[(num_carried + t, count)](
-                rows_key, rows_value, rows_u, layout.first_row, layout.chosen, layout.span_start, grad_u, num_carried,
-                support, t, layout.span_start.shape[-1] - 1, layout.num_rows, first,
+                rows_key, rows_value, rows_u, layout.first_row, layout.chosen, layout.num_before, grad_u, *carried,
+                num_carried, support, t, layout.num_rows, first,
                 D=d, BD=max(16, triton.next_power_of_2(d)), ROWS=ROWS_AT_ONCE, HAS_GATE=gate != "none",
                 ACC=call.constants(tiles.grad_window)["ACC"], num_warps=4,
             )  # fmt: skip
@@ -96,14 +99,7 @@ def _grad_keys(
             rows_value, grad_key, grad_value, *call.strides()[:9], s, t, support, call.window, call.scale2,
             layout.num_rows, g, first, **constants,
         )  # fmt: skip
-        if num_carried > 0:
-            begin, end = (layout.first_row.flatten(0, 1)[first : first + count, i : i + num_carried] for i in (0, 1))
-            place = begin + torch.arange(count, device=lse.device).unsqueeze(-1) * layout.num_rows
-            for sums, rows in zip(carried, (rows_key, rows_value), strict=True):
-                found = rows[place.clamp_max(len(rows) - 1)]
-                sums[first : first + count] = torch.where((end > begin).unsqueeze(-1), found, 0)
-    pairs = tuple(x.view(b, g, num_carried, d).to(call.carry_key.dtype) for x in carried)
-    return grad_key, grad_value, grad_u, (pairs[0], pairs[1])
+    return grad_key, grad_value, grad_u, carried
 
 
 def _grad_selected(
@@ -114,23 +110,22 @@ def _grad_selected(
     _, s, _, _, t, g, support = call.sizes
     k, span = call.alive.shape[-1], call.tiles.span
     constants = call.constants(call.tiles.grad_selected, key_major=True)
-    num_spans, num_blocks = layout.span_start.shape[-1] - 1, triton.cdiv(k, constants["BN"])
+    num_spans, num_blocks = layout.num_spans, triton.cdiv(k, constants["BN"])
     joining = triton.cdiv(min(span, t), constants["BN"]) + 1
     grad_selected_kernel[(num_blocks + joining, num_spans, heads[1])](
         call.query, call.key, call.value, call.carry_key, call.carry_value, call.scores, call.tau, call.visible_until,
-        call.plain_until(gate), call.alive, layout.chosen, layout.span_start, layout.first_row, grad_out, lse, delta,
+        call.gated_from(gate), call.alive, layout.chosen, layout.num_before, layout.first_row, grad_out, lse, delta,
         *rows, *call.strides(), s, t, support, call.window, call.scale2, call.alive.shape[2], num_spans,
         layout.num_rows, g, heads[0], num_blocks, K=k, CHUNK=call.tiles.chunk, SPAN=span, GATE=gate,
         HAS_CARRY=call.has_carry, **constants,
     )  # fmt: skip
 
 
-def _tables(call: Call, gate: str) -> tuple[Tensor, ...]:
+def _tables(call: Call, gate: str, scores: Tensor) -> tuple[Tensor, ...]:
     """The first arguments of the query-major kernels."""
-    num_alive = (call.alive >= 0).sum(-1, dtype=torch.int32)
     return (
-        call.query, call.key, call.value, call.carry_key, call.carry_value, call.scores, call.tau, call.visible_until,
-        call.plain_until(gate), call.alive, num_alive, call.document_start,
+        call.query, call.key, call.value, call.carry_key, call.carry_value, scores, call.tau, call.visible_until,
+        call.gated_from(gate), call.alive, call.document_start,
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def _whole_query_rows(
 
 @triton.jit
 def _entries_of_block(
-    block, span, bg, alive, chosen, span_start, num_chunks, num_spans, num_blocks, s, t, S, window,
+    block, span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
     K: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Entries [BN] of one block of a span's pairs, which of them are real, and the query at which each joins."""
@@ -93,10 +93,14 @@ def _entries_of_block(
         real = entry >= 0
         joined = tl.full([BN], low, tl.int32)
     else:
-        begin = tl.load(span_start + bg * (num_spans + 1) + span)
-        end = tl.load(span_start + bg * (num_spans + 1) + span + 1)
+        # The entries of the stream that become candidates during the span; in the last one, all that are left.
+        edge = low - window + t - s
+        num_before += bg * (t + 1)
+        begin = tl.load(num_before + tl.minimum(tl.maximum(edge, 0), t))
+        edge = tl.where(span == num_spans - 1, t, edge + SPAN)
+        end = tl.load(num_before + tl.minimum(tl.maximum(edge, 0), t))
         index = begin + (block - num_blocks) * BN + offsets
-        entry = tl.load(chosen + bg * (t + 1) + index, mask=index < end, other=-1)
+        entry = tl.load(chosen + bg * t + index, mask=index < end, other=-1)
         # Who joins with the span's first query stands in the list of those selected when it begins.
         joined = tl.where(index < end, entry - S - (t - s) + window, s)
         real = (joined > low) & (index < end)
@@ -105,9 +109,9 @@ def _entries_of_block(
 
 @triton.jit
 def grad_selected_kernel(
-    q, k, v, carry_k, carry_v, scores, tau, visible_until, plain_until, alive, chosen, span_start, first_row, grad_out,
-    lse, delta, rows_k, rows_v, rows_u, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale,
-    num_chunks, num_spans, num_rows, g, first_bg, num_blocks, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    q, k, v, carry_k, carry_v, scores, tau, visible_until, fractional_from, alive, chosen, num_before, first_row,
+    grad_out, lse, delta, rows_k, rows_v, rows_u, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window,
+    scale, num_chunks, num_spans, num_rows, g, first_bg, num_blocks, K: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
     GATE: tl.constexpr, HAS_CARRY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +124,7 @@ def grad_selected_kernel(
         bg,
         alive,
         chosen,
-        span_start,
+        num_before,
         num_chunks,
         num_spans,
         num_blocks,
@@ -143,7 +147,7 @@ def grad_selected_kernel(
     # Tiles before `gated` see all pairs of the block with gate 1, those before `general` see all.
     first = tl.min(joined, 0) // BQ
     last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), first)
-    plain = tl.min(tl.load(plain_until + bg * (S + t) + entry, mask=real, other=s), 0)
+    plain = tl.min(tl.load(fractional_from + bg * (S + t) + entry, mask=real, other=s), 0)
     seen = tl.min(tl.where(real, until, high), 0)
     general = tl.where(block < num_blocks, tl.maximum(tl.minimum(seen // BQ, last), first), first)
     gated = tl.maximum(tl.minimum(plain // BQ, general), first)
@@ -190,17 +194,21 @@ def _store_rows(row, real, state, scale, rows_k, rows_v, rows_u, D: tl.constexpr
 
 @triton.jit
 def sum_rows_kernel(
-    rows_k, rows_v, rows_u, first_row, chosen, span_start, grad_u, num_carried, S, t, num_spans, num_rows, first_bg,
-    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, HAS_GATE: tl.constexpr, ACC: tl.constexpr,
+    rows_k, rows_v, rows_u, first_row, chosen, num_before, grad_u, grad_carry_k, grad_carry_v, num_carried, S, t,
+    num_rows, first_bg, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, HAS_GATE: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums the rows of one pair, in order, into its first row; carried pairs first, then all ever selected."""
+    """Sums the rows of one pair, in order, into its first row; carried pairs first, then all ever selected.
+
+    The sums of a carried pair are its gradient; no row, no gradient.
+    """
     bg = (tl.program_id(1) + first_bg).to(tl.int64)
     index = tl.program_id(0)
     entry = index
     if index >= num_carried:
-        if index - num_carried >= tl.load(span_start + bg * (num_spans + 1) + num_spans):
+        if index - num_carried >= tl.load(num_before + bg * (t + 1) + t):
             return
-        entry = tl.load(chosen + bg * (t + 1) + index - num_carried)
+        entry = tl.load(chosen + bg * t + index - num_carried)
     begin = tl.load(first_row + bg * (S + t + 1) + entry)
     end = tl.load(first_row + bg * (S + t + 1) + entry + 1)
     base = tl.program_id(1).to(tl.int64) * num_rows
@@ -216,7 +224,11 @@ def sum_rows_kernel(
         sum_v += tl.sum(tl.load(rows_v + place, mask=load, other=0.0), 0)
         if HAS_GATE:
             sum_u += tl.load(rows_u + base + row, mask=row < end, other=0.0)
-    if end > begin + 1:
+    if index < num_carried:
+        place = (bg * num_carried + index) * D + width
+        tl.store(grad_carry_k + place, sum_k.to(grad_carry_k.dtype.element_ty), mask=width < D)
+        tl.store(grad_carry_v + place, sum_v.to(grad_carry_v.dtype.element_ty), mask=width < D)
+    elif end > begin + 1:
         tl.store(rows_k + (base + begin) * D + width, sum_k, mask=width < D)
         tl.store(rows_v + (base + begin) * D + width, sum_v, mask=width < D)
     if HAS_GATE:

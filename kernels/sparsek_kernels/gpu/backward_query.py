@@ -69,7 +69,7 @@ def _accumulate_plain(rows, keys, values, scale, grad, ACC: tl.constexpr, PRECIS
 
 @triton.jit
 def grad_query_kernel(
-    q, k, v, carry_k, carry_v, scores, tau, visible_until, plain_until, alive, num_alive, document_start, out, grad_out,
+    q, k, v, carry_k, carry_v, scores, tau, visible_until, fractional_from, alive, document_start, out, grad_out,
     lse, delta, grad_sums, grad_q, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks,
     g, K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, GATE: tl.constexpr,
@@ -92,7 +92,7 @@ def grad_query_kernel(
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
     alive, count, plain, gated, middle, num_middle, oldest = tile_columns(
-        tile, alive + bg * num_chunks * K, num_alive + bg * num_chunks, plain_until + bg * (S + t), visible_until,
+        tile, alive + bg * num_chunks * K, fractional_from + bg * (S + t), visible_until,
         document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BG,
     )  # fmt: skip
     zero = tl.zeros([BQ * GP], ACC)

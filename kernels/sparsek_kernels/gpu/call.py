@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsek_kernels.gpu.tiles import ANYWHERE, Tile, Tiles, tiles_for
+from sparsek_kernels.gpu.tiles import Tile, Tiles, tiles_for
 
 _ACCUMULATE = {torch.float64: tl.float64}
 
@@ -28,14 +29,16 @@ class Call:
     carry_key: Tensor
     """[b, g, k, d], contiguous; k = 0 where nothing comes before."""
     carry_value: Tensor
-    scores: Tensor
-    """[b, g, S + t]."""
+    stream_scores: Tensor
+    """[b, t, g]."""
+    carry_scores: Tensor
+    """[b, g, S]."""
     tau: Tensor
     visible_until: Tensor
     fractional_from: Tensor
     alive: Tensor
     document_start: Tensor
-    """[b, s] int32."""
+    """[b, s] int64."""
     window: int
     gate: str
     scale: float
@@ -46,18 +49,21 @@ class Call:
         """b, s, h, d, t, g, S."""
         b, s, h, d = self.query.shape
         t, g = self.key.shape[1:3]
-        return b, s, h, d, t, g, self.scores.shape[-1] - t
+        return b, s, h, d, t, g, self.carry_scores.shape[-1]
 
     @property
     def accumulate(self) -> torch.dtype:
         """Of running sums and of the saved log-sum-exp."""
         return torch.promote_types(self.query.dtype, torch.float32)
 
-    def plain_until(self, gate: str) -> Tensor:
-        """[b, g, S + t]: before this query an entry needs neither mask nor gate."""
-        if gate == "none":
-            return self.visible_until
-        return torch.minimum(self.visible_until, self.fractional_from)
+    @cached_property
+    def scores(self) -> Tensor:
+        """[b, g, S + t]; not made where no gate is computed."""
+        return torch.cat([self.carry_scores, self.stream_scores.transpose(1, 2)], dim=-1)
+
+    def gated_from(self, gate: str) -> Tensor:
+        """[b, g, S + t]: from this query on an entry has a gate below 1, unless it is out of sight before."""
+        return self.visible_until if gate == "none" else self.fractional_from
 
     def strides(self) -> tuple[int, ...]:
         """Those of query (b, s, h), key (b, t, g), value (b, t, g), carried pairs (b, g, k)."""
@@ -111,12 +117,13 @@ def new_call(
         value=contiguous_rows(value),
         carry_key=carry[0].contiguous(),
         carry_value=carry[1].contiguous(),
-        scores=torch.cat([carry[2], scores.transpose(1, 2)], dim=-1),
+        stream_scores=scores,
+        carry_scores=carry[2],
         tau=tau.contiguous(),
         visible_until=visible_until.to(torch.int32).contiguous(),
         fractional_from=fractional_from.to(torch.int32).contiguous(),
         alive=alive.to(torch.int32).contiguous(),
-        document_start=document_start.clamp_min(ANYWHERE).to(torch.int32).contiguous(),
+        document_start=document_start.to(torch.int64).contiguous(),
         window=window,
         gate=gate,
         scale=scale,

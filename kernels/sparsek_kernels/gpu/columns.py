@@ -33,11 +33,20 @@ def tile_rows(tile, s, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
 
 
 @triton.jit
+def _start(document_start, query):
+    """Where a query's document begins, in 32 bits."""
+    return tl.maximum(tl.load(document_start + query), BEFORE_ALL).to(tl.int32)
+
+
+@triton.jit
 def tile_columns(
-    tile, alive, num_alive, plain_until, visible_until, document_start, s, halo, window,
+    tile, alive, fractional_from, visible_until, document_start, s, halo, window,
     K: tl.constexpr, KP: tl.constexpr, CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Where the kinds of columns begin and end; pointers are those of this (b, g).
+
+    Args:
+        fractional_from: with `visible_until` in its place, no gate counts.
 
     Returns:
         `alive` of the chunk, how many it lists, how many of them are plain (a multiple of BN), and plain or gated (so
@@ -47,18 +56,20 @@ def tile_columns(
     chunk = tile * BQ // CHUNK
     low, high = tile * BQ, tl.minimum(tile * BQ + BQ, s)
     alive += chunk.to(tl.int64) * K
-    oldest = tl.maximum(tl.maximum(chunk * CHUNK - window + 1, -halo), tl.load(document_start + low))
+    oldest = tl.maximum(tl.maximum(chunk * CHUNK - window + 1, -halo), _start(document_start, low))
     oldest = tl.minimum(oldest, low + 1)
     # Seen by the whole tile: not yet out of the last query's window, in its document, not after the first query.
-    middle = tl.maximum(tl.maximum(oldest, high - window), tl.load(document_start + high - 1))
+    middle = tl.maximum(tl.maximum(oldest, high - window), _start(document_start, high - 1))
     num_middle = tl.maximum(low + 1 - middle, 0) // BN * BN
-    count = tl.load(num_alive + chunk)
-    plain, seen = 0, 0
+    count, plain, seen = 0, 0, 0
     if K > 0:
         ranks = tl.arange(0, KP)
-        listed = tl.load(alive + ranks, mask=ranks < count, other=0)
-        plain = tl.sum((tl.load(plain_until + listed, mask=ranks < count, other=0) >= high).to(tl.int32), 0) // BN * BN
-        seen = tl.sum((tl.load(visible_until + listed, mask=ranks < count, other=0) >= high).to(tl.int32), 0)
+        listed = tl.load(alive + ranks, mask=ranks < K, other=-1)
+        exists = listed >= 0
+        count = tl.sum(exists.to(tl.int32), 0)
+        is_seen = tl.load(visible_until + listed, mask=exists, other=0) >= high
+        is_plain = is_seen & (tl.load(fractional_from + listed, mask=exists, other=0) >= high)
+        seen, plain = tl.sum(is_seen.to(tl.int32), 0), tl.sum(is_plain.to(tl.int32), 0) // BN * BN
     gated = plain + tl.maximum(seen - plain, 0) // BG * BG
     return alive, count, plain, gated, low + 1 - num_middle, num_middle, oldest
 

@@ -141,7 +141,7 @@ def project(scores: Tensor, num_selected: int) -> Tensor:
         Gates [..., n], contiguous, in the dtype of `scores`.
     """
     scores = scores.contiguous()
-    gates = torch.empty_like(scores)
+    gates = torch.empty_like(scores, memory_format=torch.contiguous_format)
     n = scores.shape[-1]
     if num_selected == 0 or n <= num_selected:
         return gates.fill_(float(num_selected > 0))
@@ -156,7 +156,7 @@ def project(scores: Tensor, num_selected: int) -> Tensor:
 def project_backward(gates: Tensor, grad: Tensor) -> Tensor:
     """(Diag(s) - s s^T / |s|) grad with s = 1{0 < gate < 1}, row by row; both [..., n]."""
     gates, grad = gates.contiguous(), grad.contiguous()
-    grad_scores = torch.empty_like(gates)
+    grad_scores = torch.empty_like(gates, memory_format=torch.contiguous_format)
     n = gates.shape[-1]
     if gates.numel() > 0:
         size = min(BLOCK, triton.next_power_of_2(n))

@@ -54,8 +54,8 @@ def quantile(tree, low, high, nth, TILE: tl.constexpr, SUM: tl.constexpr):
 
 
 @triton.jit
-def count_above(tree, low, high, bound, centre, TILE: tl.constexpr, SHIFTED: tl.constexpr, SUM: tl.constexpr):
-    """Number and sum of the entries u of [low, high) with u > bound, or if SHIFTED with u - 1 >= bound.
+def count_above(tree, low, high, bound, shifted, centre, TILE: tl.constexpr):
+    """Number and sum of the entries u of [low, high) with u > bound, or where `shifted` with u - 1 >= bound.
 
     Scores are compared after `centre` is taken off them, in the dtype of `bound`.
     """
@@ -73,10 +73,9 @@ def count_above(tree, low, high, bound, centre, TILE: tl.constexpr, SHIFTED: tl.
         pivot = node + half - 1
         exists = pivot < length
         score = tl.load(ranked + pivot, mask=exists, other=float("-inf")).to(bound.dtype) - centre
-        worse = exists & (score - 1 >= bound if SHIFTED else score > bound)
-        if SUM:
-            inner = node & -tl.maximum(half, TILE)
-            total += _sum_of(sums + level * length, better_low, better_high, inner, worse)
+        worse = exists & tl.where(shifted, score - 1 >= bound, score > bound)
+        inner = node & -tl.maximum(half, TILE)
+        total += _sum_of(sums + level * length, better_low, better_high, inner, worse)
         count += tl.where(worse, better_high - better_low, 0)
         low = tl.where(worse, low + half + node - better_low, better_low)
         high = tl.where(worse, high + half + node - better_high, better_high)

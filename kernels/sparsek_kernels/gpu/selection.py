@@ -56,32 +56,34 @@ def select_gpu(
     b, g, length = scores.shape
     s, carried = document_start.shape[1], carry_scores.shape[-1]
     halo, entries, chunks = length - s, carried + length, triton.cdiv(s, chunk_size)
-    position_order = carry_positions.sort(dim=-1)
-    by_position = carry_scores.detach().gather(-1, position_order.indices)
-    # Adding 0.0 turns -0.0 into 0.0: equal scores, then equal bits.
-    table = (torch.cat([by_position, scores.detach()], dim=-1) + 0.0).view(b * g, entries)
-    carry_positions = position_order.values.view(b * g, carried)
-    carry_order = position_order.indices.view(b * g, carried)
+    latest_first = scores.new_empty(b * g, entries)
+    if carried > 0:
+        carry_positions, carry_order = (x.view(b * g, carried) for x in carry_positions.sort(dim=-1))
+    else:
+        carry_positions = carry_order = carry_positions.view(b * g, 0)
+    table_kernel[(triton.cdiv(entries, BLOCK), b * g)](
+        scores.contiguous(), carry_scores.contiguous(), carry_order, latest_first, entries, carried, BLOCK=BLOCK
+    )
     document_start = document_start.contiguous()
 
     def integers(*shape: int) -> Tensor:
         return torch.empty(b * g, *shape, dtype=torch.int32, device=scores.device)
 
     selection = Selection(
-        tau=table.new_empty(b * g, s),
+        tau=scores.new_empty(b * g, s),
         visible_until=integers(entries),
         fractional_from=integers(entries),
         fractional_until=integers(entries),
         num_fractional=integers(s),
         support_size=integers(s),
-        selected_mass=table.new_empty(b * g, s),
+        selected_mass=scores.new_empty(b * g, s),
         alive=integers(chunks, num_selected),
     )
     sizes = (g, s, carried, carried.bit_length(), halo, num_selected, window)
     group = max(1, MAX_BYTES // (entries * bytes_per_entry(entries)))
     for first in range(0, b * g, group):
         rows = slice(first, min(first + group, b * g))
-        tree = build_wavelet(table[rows], length)
+        tree = build_wavelet(latest_first[rows], length)
         part = _Rows(
             selection=Selection(**{name: field[rows] for name, field in vars(selection).items()}),
             tree=tree,
@@ -149,6 +151,19 @@ def _list_alive(part: _Rows, chunk_size: int) -> None:
         *part.tables, part.tree.order, part.document_start, part.carry_positions, part.carry_order, alive,
         *part.sizes, chunk_size, TILE=part.tree.tile, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def table_kernel(scores, carry_scores, carry_order, latest_first, length, carried, BLOCK: tl.constexpr):
+    """The scores of a row by position, from the last to the first; -0.0 becomes 0.0: equal scores, then equal bits."""
+    row = tl.program_id(1).to(tl.int64)
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_carried, streams = entry < carried, (entry >= carried) & (entry < length)
+    slot = tl.load(carry_order + row * carried + entry, mask=is_carried, other=0)
+    old = tl.load(carry_scores + row * carried + slot, mask=is_carried, other=0.0)
+    new = tl.load(scores + row * (length - carried) + entry - carried, mask=streams, other=0.0)
+    score = tl.where(is_carried, old, new)
+    tl.store(latest_first + row * length + length - 1 - entry, tl.where(score == 0, 0.0, score), mask=entry < length)
 
 
 VISIBLE, FROM, UNTIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

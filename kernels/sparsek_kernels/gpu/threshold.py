@@ -14,6 +14,19 @@ from sparsek_kernels.gpu.queries import candidate_range, count_above, quantile
 
 
 @triton.jit
+def _count_gates(tree, low, high, tau, centre, TILE: tl.constexpr):
+    """Number and sum of the candidates with gate 1, and of those with a gate above 0.
+
+    The two ways down the tree go side by side: each step waits for its reads, so two wait together.
+    """
+    is_one = tl.join(tl.zeros_like(low) == 0, tl.zeros_like(low) != 0)
+    count, total = count_above(tree, tl.join(low, low), tl.join(high, high), tl.join(tau, tau), is_one, centre, TILE)
+    ones, reached = tl.split(count)
+    ones_sum, reached_sum = tl.split(total)
+    return ones, ones_sum, reached, reached_sum
+
+
+@triton.jit
 def _solve(tree, low, high, below, above, num_selected, limit, limit_sum, centre, active, TILE: tl.constexpr):
     """tau less the centre, between `below` and `above`; of the `active` queries.
 
@@ -26,8 +39,7 @@ def _solve(tree, low, high, below, above, num_selected, limit, limit_sum, centre
     active = active & (step > 0)
     last_ones, last_reached = tl.full(low.shape, -1, tl.int32), tl.full(low.shape, -1, tl.int32)
     while tl.max(active.to(tl.int32), 0) > 0:
-        ones, ones_sum = count_above(tree, low, high, tau, centre, TILE, True, True)
-        reached, reached_sum = count_above(tree, low, high, tau, centre, TILE, False, True)
+        ones, ones_sum, reached, reached_sum = _count_gates(tree, low, high, tau, centre, TILE)
         ones_sum = tl.where(ones < limit, ones_sum, limit_sum)
         reached_sum = tl.where(reached < limit, reached_sum, limit_sum)
         ones, reached = tl.minimum(ones, limit), tl.minimum(reached, limit)
@@ -68,9 +80,12 @@ def _kth_and_limit(tree, low, high, num_selected, support, centre, TILE: tl.cons
     """Of the k-th, the (k + 1)-th and the S-th best, or the last: rank; sum up to it of scores less the centre."""
     _zeros, _sums, ranked, _length, _levels, _span = tree
     last = high - low - 1
-    kth, kth_sum = quantile(tree, low, high, tl.minimum(tl.maximum(num_selected - 1, 0), last), TILE, True)
+    # Two ways down the tree side by side, as in `_count_gates`.
+    nth = tl.join(tl.minimum(tl.maximum(num_selected - 1, 0), last), tl.minimum(support - 1, last))
+    ranks, totals = quantile(tree, tl.join(low, low), tl.join(high, high), nth, TILE, True)
+    kth, limit = tl.split(ranks)
+    kth_sum, limit_sum = tl.split(totals)
     after, _ = quantile(tree, low, high, tl.minimum(num_selected, last), TILE, False)
-    limit, limit_sum = quantile(tree, low, high, tl.minimum(support - 1, last), TILE, True)
     kth_sum += tl.load(ranked + kth).to(tl.float64) - centre
     limit_sum += tl.load(ranked + limit).to(tl.float64) - centre
     return kth, kth_sum, after, limit, limit_sum
@@ -121,9 +136,7 @@ def select_kernel(
     tau = tl.where(num_selected > 0, tau, float("inf")).to(dtype)
 
     # Counted in the arithmetic of the gates' own dtype.
-    zero = tl.zeros_like(tau)
-    ones, ones_sum = count_above(tree, low, high, tau, zero, TILE, True, True)
-    reached, _ = count_above(tree, low, high, tau, zero, TILE, False, False)
+    ones, ones_sum, reached, _ = _count_gates(tree, low, high, tau, 0.0, TILE)
     mass = _mass_of(ones, ones_sum, selected, selected_sum, tau, middle)
     ones, reached = tl.minimum(ones, limit), tl.minimum(reached, limit)
     out = row * s + query
