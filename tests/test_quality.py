@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import recall, text
-from benchmarks.quality.cells import Cell, grid
+from benchmarks.quality.cells import TASKS, Cell, grid
 from benchmarks.quality.log import Log
 from benchmarks.quality.report import report
 from benchmarks.quality.run import MasterWeights, Study, run_cell
@@ -97,11 +97,11 @@ def test_the_grid_holds_every_kind_once_at_equal_budget():
         wanted = {(g, s, p) for g in ("straight_through", "value", "key_value") for s in (1.0, 3.0) for p in (0.0, 1.0)}
         assert wanted <= {(c.gate, c.std, c.slope) for c in cells if c.task == "recall" and c.seed == 2}
         for cell in cells:
-            window = scale.task(cell.task).window
+            window = scale.task(cell.base).window
             attention = cell.attention(window)
             assert attention.num_selected + attention.window == 2 * window
             assert attention.slope * 16 * window == pytest.approx(cell.slope)
-        assert {cell.share for cell in cells if cell.task == "convert"} == {0.0, 0.01, 0.02, 0.05}
+        assert {cell.share for cell in cells if cell.converts} == set(scale.shares) >= {0.0, 0.01, 0.02, 0.05}
 
 
 def test_only_the_scorers_learn_at_their_own_rate():
@@ -145,17 +145,17 @@ def test_a_study_stops_goes_on_and_reports(monkeypatch, tmp_path, capsys):
     assert len(log.done()) == 4
     with log.path.open("a") as file:
         file.write('{"name": "cut short')
-    command.main([*arguments, "--tasks", "recall", "text", "convert"])
+    command.main([*arguments, "--tasks", "recall", "text", "convert-recall", "convert-text"])
     assert log.path.read_text().startswith(before)
     rows = {row["name"]: row for row in log.rows()}
-    assert len(rows) == len(log.rows()) == 4 + 4 + 3 * 2
-    untuned = rows["convert/random/0/seed 0"]
-    assert "steps" not in untuned and rows["convert/random/0.5/seed 0"]["steps"] == 1
-    assert all(math.isfinite(row["bits_per_byte"]) for row in rows.values() if row["task"] != "recall")
+    assert len(rows) == len(log.rows()) == 4 + 4 + 2 * 3 * 2
+    untuned = rows["convert-text/random/0/seed 0"]
+    assert "steps" not in untuned and rows["convert-text/random/0.5/seed 0"]["steps"] == 1
+    assert all(math.isfinite(row["bits_per_byte"]) for row in rows.values() if "text" in row["task"])
     command.main([*arguments, "--report", "--name", "told"])
     told = (tmp_path / "told.md").read_text()
     assert "sparsek, straight_through, std 1 | 1 |" in told
-    for task in ("recall", "text", "convert"):
+    for task in TASKS:
         assert (tmp_path / f"told_{task}.png").stat().st_size > 5000
 
 
@@ -171,7 +171,8 @@ def test_differences_are_of_the_same_seed():
 
 def test_a_dense_model_is_trained_where_it_is_missing(tmp_path):
     study = Study(TINY, tmp_path, torch.device("cpu"))
-    row = run_cell(Cell(task="convert", kind="window", share=0.5), study)
+    cell = Cell(task="convert-recall", kind="window", share=0.5)
+    row = run_cell(cell, study)
     assert row["steps"] == 1
-    assert json.loads((study.dense_folder(0) / "config.json").read_text())["model_type"] == "llama"
-    assert report([Cell(task="convert", kind="window", share=0.5).as_row() | row], tmp_path, "x").is_file()
+    assert json.loads((study.dense_folder(cell) / "config.json").read_text())["model_type"] == "llama"
+    assert report([cell.as_row() | row], tmp_path, "x").is_file()

@@ -31,7 +31,9 @@ def main(arguments: list[str] | None = None) -> None:
         report(log.rows(), options.out, options.name or options.scale)
         return
     scale = SCALES[options.scale]
-    study = Study(scale, options.out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if scale.name == "gpu" and not torch.cuda.is_available():
+        raise SystemExit("--scale gpu needs a CUDA device, and there is none: use --scale cpu")
+    study = Study(scale, options.out, torch.device("cuda" if scale.name == "gpu" else "cpu"))
     began = time.perf_counter()
     cells = [cell for cell in grid(scale) if cell.task in options.tasks and cell.seed < options.seeds]
     cells = [cell for cell in cells if not options.only or any(word in cell.name for word in options.only)]
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{len(cells)} cells, {len(todo)} to do", flush=True)
     for cell in todo:
         left = options.seconds - (time.perf_counter() - began)
-        expected = log.expected_seconds(cell, scale.task(cell.task).guess_seconds)
+        expected = log.expected_seconds(cell, scale.task(cell.base).guess_seconds)
         if expected > left:
             print(f"stopped before {cell.name}: it may take {expected:.0f} s, {left:.0f} s are left", flush=True)
             return

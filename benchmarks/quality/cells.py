@@ -9,7 +9,7 @@ from typing import Any, Literal
 from benchmarks.quality.scales import Scale
 from sparsek_dist.config import AttentionConfig, AttentionKind
 
-TASKS = ("recall", "text", "convert")
+TASKS = ("recall", "text", "convert-recall", "convert-text")
 BASELINES: tuple[AttentionKind, ...] = ("full", "window", "sink_window", "random")
 GATES: tuple[Gate, ...] = ("straight_through", "value", "key_value")
 STDS = (1.0, 3.0)
@@ -19,7 +19,7 @@ Gate = Literal["straight_through", "value", "key_value"]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One model: trained from scratch, or for `convert` tuned from the dense one of the same seed."""
+    """One model: trained from scratch, or for `convert-..` tuned from the dense one of the same seed."""
 
     task: str
     kind: AttentionKind = "sparsek"
@@ -32,8 +32,17 @@ class Cell:
     scorer_rate: float = 1.0
     """Learning rate of the scorers, as a multiple of that of all other weights."""
     share: float = 0.0
-    """For `convert`: tuning, as a share of the dense model's training."""
+    """For `convert-..`: tuning, as a share of the dense model's training."""
     seed: int = 0
+
+    @property
+    def converts(self) -> bool:
+        return self.task.startswith("convert-")
+
+    @property
+    def base(self) -> str:
+        """The task that is learned: `recall` or `text`."""
+        return self.task.removeprefix("convert-")
 
     @property
     def variant(self) -> str:
@@ -49,7 +58,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Unique, and the same in every session."""
-        share = f"/{self.share:g}" if self.task == "convert" else ""
+        share = f"/{self.share:g}" if self.converts else ""
         return f"{self.task}/{self.variant}{share}/seed {self.seed}"
 
     def attention(self, window: int) -> AttentionConfig:
@@ -81,9 +90,10 @@ def _kinds(scale: Scale) -> Iterator[Cell]:
         for task in ("recall", "text"):
             for kind in (*BASELINES, "sparsek"):
                 yield Cell(task=task, kind=kind, seed=seed)
-        for share in scale.shares:
-            for kind in (*BASELINES[1:], "sparsek"):
-                yield Cell(task="convert", kind=kind, share=share, seed=seed)
+        for task in ("convert-recall", "convert-text"):
+            for share in scale.shares:
+                for kind in (*BASELINES[1:], "sparsek"):
+                    yield Cell(task=task, kind=kind, share=share, seed=seed)
 
 
 def _settings(scale: Scale) -> Iterator[Cell]:
@@ -97,10 +107,11 @@ def _settings(scale: Scale) -> Iterator[Cell]:
 
 
 def _questions(scale: Scale) -> Iterator[Cell]:
-    """One setting changed at a time: a small score scale, a faster or slower scorer, a smaller or larger support."""
+    """One setting changed at a time: a small score scale, a steep slope, the scorers' learning rate, the support."""
     for seed in range(scale.seeds):
         for task in ("recall", "text"):
             yield Cell(task=task, std=0.3, seed=seed)
+            yield Cell(task=task, slope=4.0, seed=seed)
             yield Cell(task=task, scorer_rate=0.1, seed=seed)
             yield Cell(task=task, scorer_rate=10.0, seed=seed)
             yield Cell(task=task, support=2, seed=seed)

@@ -53,24 +53,23 @@ def plot_text(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def plot_convert(rows: Sequence[Row]) -> Figure:
-    """Bits per byte by the share of tuning; rows of the task `text` are the dense models."""
+def plot_convert(rows: Sequence[Row], dense: Sequence[Row], label: str, read: Read) -> Figure:
+    """A number of the converted models by the share of tuning, and that of the dense ones that they were."""
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    dense = [row["bits_per_byte"] for row in rows if row["task"] == "text"]
     if dense:
-        axes.axhline(mean_error(dense)[0], color="grey", linestyle=":", label="dense, not converted")
-    for variant, mine in by_variant([row for row in rows if row["task"] == "convert"]).items():
+        axes.axhline(_mean(dense, read), color="grey", linestyle=":", label="dense, not converted")
+    for variant, mine in by_variant(rows).items():
         shares = sorted({row["share"] for row in mine})
+        found = {(row["seed"], row["share"]): read(row) for row in mine}
         seeds = sorted({row["seed"] for row in mine})
-        found = {(row["seed"], row["share"]): row["bits_per_byte"] for row in mine}
         curves = [[found.get((seed, share), math.nan) for share in shares] for seed in seeds]
         _curve(axes, [100 * share for share in shares], curves, variant, logarithmic=False)
-    axes.set(xlabel="tuning, in % of the dense model's training", ylabel="bits per byte")
+    axes.set(xlabel="tuning, in % of the dense model's training", ylabel=label)
     return figure
 
 
-PLOTS = {"recall": plot_recall, "text": plot_text, "convert": plot_convert}
+PLOTS = {"recall": plot_recall, "text": plot_text}
 
 
 def _accuracy(row: Row) -> float:

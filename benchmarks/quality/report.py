@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.plots import PLOTS
+from benchmarks.quality.plots import PLOTS, plot_convert
 from benchmarks.quality.summary import Read, Row, by_variant, layers, mean_error, paired, passkey, passkey_lengths
 
 Metric = tuple[str, Read, int]
@@ -18,12 +18,14 @@ REFERENCES = ("sink_window", "random")
 def report(rows: Sequence[Row], out: Path, name: str) -> Path:
     """Writes OUT/NAME.md and a picture per task beside it, and prints the tables."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [f"# Quality at equal budget: {name}\n"]
+    parts = [f"# Quality at equal budget: {name}\n", _provenance(rows)]
     for task, metrics in METRICS.items():
         mine = [row for row in rows if row["task"] == task]
         if not mine:
             continue
-        figure = PLOTS[task](mine if task != "convert" else [*mine, *_dense(rows)])
+        base = task.removeprefix("convert-")
+        dense = [row for row in rows if row["task"] == base and row["kind"] == "full"]
+        figure = PLOTS[task](mine) if task == base else plot_convert(mine, dense, *CONVERTED[base])
         figure.savefig(out / f"{name}_{task}.png", dpi=80)
         parts += [f"## {task}\n", *_tables(task, mine, metrics), f"![{task}]({name}_{task}.png)\n"]
     text = "\n".join(parts)
@@ -33,13 +35,19 @@ def report(rows: Sequence[Row], out: Path, name: str) -> Path:
     return path
 
 
-def _dense(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["task"] == "text" and row["kind"] == "full"]
+def _provenance(rows: Sequence[Row]) -> str:
+    """Where and when the cells were run; more than one device means that times cannot be compared."""
+    kinds = ("device", "torch", "transformers")
+    told = [
+        f"{kind} {', '.join(sorted({row[kind] for row in rows}))}" for kind in kinds if all(kind in r for r in rows)
+    ]
+    dates = sorted(row["date"] for row in rows if "date" in row)
+    return "; ".join([f"{len(rows)} cells", *told, *([f"{dates[0]} to {dates[-1]}"] if dates else [])]) + ".\n"
 
 
 def _tables(task: str, rows: Sequence[Row], metrics: Sequence[Metric]) -> list[str]:
-    """One table; for `convert` one per share of tuning."""
-    if task != "convert":
+    """One table; of converted models one per share of tuning."""
+    if not task.startswith("convert-"):
         return [_table(rows, metrics)]
     shares = sorted({row["share"] for row in rows})
     return [
@@ -77,6 +85,14 @@ def _number(values: Sequence[float], digits: int, *, sign: bool = False) -> str:
     return text if math.isnan(error) else f"{text} ± {error:.{digits}f}"
 
 
+def _accuracy(row: Row) -> float:
+    return row["accuracy"]
+
+
+def _bits(row: Row) -> float:
+    return row["bits_per_byte"]
+
+
 def _milliseconds(row: Row) -> float:
     return 1000 * row.get("step_seconds", math.nan)
 
@@ -101,7 +117,7 @@ def _passkey(index: int) -> Read:
 
 METRICS: dict[str, list[Metric]] = {
     "recall": [
-        ("accuracy", lambda row: row["accuracy"], 3),
+        ("accuracy", _accuracy, 3),
         ("loss, nats", lambda row: row["loss"], 3),
         *((f"at {2**i}x", _at_distance(i), 2) for i in range(5)),
         ("facts kept", _last("kept"), 2),
@@ -109,11 +125,17 @@ METRICS: dict[str, list[Metric]] = {
         ("ms a step", _milliseconds, 0),
     ],
     "text": [
-        ("bits per byte", lambda row: row["bits_per_byte"], 4),
+        ("bits per byte", _bits, 4),
         ("last half", _tail, 4),
         ("pass key, shortest", _passkey(0), 2),
         ("longest", _passkey(-1), 2),
         ("ms a step", _milliseconds, 0),
     ],
-    "convert": [("bits per byte", lambda row: row["bits_per_byte"], 4), ("last half", _tail, 4)],
+    "convert-recall": [("accuracy", _accuracy, 3), ("facts kept", _last("kept"), 2)],
+    "convert-text": [("bits per byte", _bits, 4), ("last half", _tail, 4)],
 }
+CONVERTED: dict[str, tuple[str, Read]] = {
+    "recall": ("share of questions answered", _accuracy),
+    "text": ("bits per byte", _bits),
+}
+"""What a plot of converted models shows."""

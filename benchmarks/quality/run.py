@@ -49,28 +49,29 @@ class Study:
             self._corpus = text.corpus(self.scale)
         return self._corpus
 
-    def dense_folder(self, seed: int) -> Path:
-        """Where the text model with full attention is kept, for the cells that convert it."""
-        return self.out / f"dense-{seed}"
+    def dense_folder(self, cell: Cell) -> Path:
+        """Where the model with full attention of a cell's task and seed is kept, for the cells that convert it."""
+        return self.out / f"dense-{cell.base}-{cell.seed}"
 
 
 def run_cell(cell: Cell, study: Study) -> dict[str, Any]:
     """Trains and measures one model; all there is to know about it, fit for JSON."""
-    if cell.task == "convert" and not study.dense_folder(cell.seed).is_dir():
-        dense, _ = trained(Cell(task="text", kind="full", seed=cell.seed), study)
-        keep(dense, study.dense_folder(cell.seed))
+    folder = study.dense_folder(cell)
+    if cell.converts and not folder.is_dir():
+        dense, _ = trained(Cell(task=cell.base, kind="full", seed=cell.seed), study)
+        keep(dense, folder)
     model, row = trained(cell, study)
     began = time.perf_counter()
-    row |= _measure_recall(model, study.scale.recall) if cell.task == "recall" else _measure_text(model, cell, study)
-    if cell.task == "text" and cell.kind == "full":
-        keep(model, study.dense_folder(cell.seed))
+    row |= _measure_recall(model, study.scale.recall) if cell.base == "recall" else _measure_text(model, cell, study)
+    if cell.kind == "full" and not folder.is_dir():
+        keep(model, folder)
     return row | {"measure_seconds": time.perf_counter() - began}
 
 
 def trained(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
     """The model of a cell, in evaluation mode, and what its training was; in bfloat16 on a GPU."""
     config = configuration(cell, study)
-    vocab_size = recall.vocab_size(study.scale.recall) if cell.task == "recall" else text.VOCAB
+    vocab_size = recall.vocab_size(study.scale.recall) if cell.base == "recall" else text.VOCAB
     model: Any = build_model(config, Mesh(), vocab_size=vocab_size).to(study.device)
     if study.device.type == "cuda":
         model.to(torch.bfloat16)
@@ -89,10 +90,10 @@ def keep(model: Any, folder: Path) -> None:
 
 def configuration(cell: Cell, study: Study) -> Config:
     """The project's settings of a cell."""
-    task = study.scale.task(cell.task)
+    task = study.scale.task(cell.base)
     steps, rate, model = task.steps, task.learning_rate, task.model
-    if cell.task == "convert":
-        source = str(study.dense_folder(cell.seed))
+    if cell.converts:
+        source = str(study.dense_folder(cell))
         steps, rate, model = math.ceil(cell.share * steps), rate * TUNING_RATE, ModelConfig(source=source)
     return Config(
         run=RunConfig(seed=cell.seed),
@@ -106,11 +107,11 @@ def configuration(cell: Cell, study: Study) -> Config:
 
 def _batches(cell: Cell, study: Study) -> Callable[[int], Batch]:
     """Step -> batch; the same for all kinds of one seed. Tuning goes on where the dense model's training ended."""
-    task = study.scale.task(cell.task)
-    if cell.task == "recall":
-        return lambda step: recall.questions(task, size=task.batch, seed=(cell.seed, step)).batch
+    task = study.scale.task(cell.base)
+    past = task.steps if cell.converts else 0
+    if cell.base == "recall":
+        return lambda step: recall.questions(task, size=task.batch, seed=(cell.seed, step + past)).batch
     training = text.TrainingText(study.corpus, study.scale, seed=cell.seed)
-    past = task.steps if cell.task == "convert" else 0
     return lambda step: training(step + past)
 
 
@@ -202,7 +203,7 @@ def _measure_text(model: Any, cell: Cell, study: Study) -> dict[str, Any]:
         "selection": selection,
         "corpus": corpus.told,
     }
-    if cell.task == "convert":
+    if cell.converts:
         return row
     keys = text.haystacks(text.TEST_KEYS, 0)
     lengths = text.passkey_lengths(scale)
