@@ -97,8 +97,12 @@ def _kinds(scale: Scale) -> Iterator[Cell]:
 
 
 def _settings(scale: Scale) -> Iterator[Cell]:
-    """Every gate at both score scales, with and without slope."""
+    """Every gate at both score scales, with and without slope; every gate for converted models."""
     for seed in range(scale.seeds):
+        for task in ("convert-recall", "convert-text"):
+            for share in scale.shares:
+                for gate in GATES:
+                    yield Cell(task=task, gate=gate, share=share, seed=seed)
         for task in ("recall", "text"):
             for slope in (0.0, 1.0):
                 for std in STDS:

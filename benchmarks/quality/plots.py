@@ -28,6 +28,7 @@ def plot_recall(rows: Sequence[Row]) -> Figure:
     by_distance.axhline(1 / 8, color="grey", linestyle=":", label="chance")
     by_distance.set(xlabel="tokens from fact to question, in windows", ylabel="share of questions answered")
     by_distance.set_ylim(0, 1.02)
+    _legend(by_distance)
     _dots(overall, variants, _accuracy)
     overall.set(xlabel="share of questions answered (a dot per seed)")
     return figure
@@ -50,6 +51,7 @@ def plot_text(rows: Sequence[Row]) -> Figure:
     by_position.axhline(0, color="grey", linestyle=":")
     by_position.set(xlabel="tokens before the target, at most", ylabel="bits per byte, less those of window")
     keys.set(xlabel="tokens of the text", ylabel="log likelihood of the pass key, nats")
+    _legend(keys)
     return figure
 
 
@@ -66,6 +68,7 @@ def plot_convert(rows: Sequence[Row], dense: Sequence[Row], label: str, read: Re
         curves = [[found.get((seed, share), math.nan) for share in shares] for seed in seeds]
         _curve(axes, [100 * share for share in shares], curves, variant, logarithmic=False)
     axes.set(xlabel="tuning, in % of the dense model's training", ylabel=label)
+    _legend(axes)
     return figure
 
 
@@ -96,8 +99,12 @@ def _curve(
     axes.errorbar(places, means, np.nan_to_num(errors), marker="o", markersize=4, capsize=3, label=label)
     if logarithmic:
         axes.set_xscale("log", base=2)
-    axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, where it hides nothing."""
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2)
 
 
 def _dots(axes: Axes, variants: dict[str, list[Row]], read: Read) -> None:

@@ -101,9 +101,14 @@ def _at_distance(index: int) -> Read:
     return lambda row: row["accuracy_by_distance"][index]
 
 
-def _last(name: str) -> Read:
-    """Of the last layer."""
-    return lambda row: (layers(row, name) or [math.nan])[-1]
+def _where_kept(name: str) -> Read:
+    """Of the layer that keeps most facts: one layer that keeps them is enough."""
+
+    def read(row: Row) -> float:
+        kept = layers(row, "kept")
+        return layers(row, name)[kept.index(max(kept))] if kept else math.nan
+
+    return read
 
 
 def _tail(row: Row) -> float:
@@ -120,8 +125,8 @@ METRICS: dict[str, list[Metric]] = {
         ("accuracy", _accuracy, 3),
         ("loss, nats", lambda row: row["loss"], 3),
         *((f"at {2**i}x", _at_distance(i), 2) for i in range(5)),
-        ("facts kept", _last("kept"), 2),
-        ("support / k", _last("support"), 2),
+        ("facts kept", _where_kept("kept"), 2),
+        ("support / k", _where_kept("support"), 2),
         ("ms a step", _milliseconds, 0),
     ],
     "text": [
@@ -131,7 +136,7 @@ METRICS: dict[str, list[Metric]] = {
         ("longest", _passkey(-1), 2),
         ("ms a step", _milliseconds, 0),
     ],
-    "convert-recall": [("accuracy", _accuracy, 3), ("facts kept", _last("kept"), 2)],
+    "convert-recall": [("accuracy", _accuracy, 3), ("facts kept", _where_kept("kept"), 2)],
     "convert-text": [("bits per byte", _bits, 4), ("last half", _tail, 4)],
 }
 CONVERTED: dict[str, tuple[str, Read]] = {
