@@ -1,0 +1,122 @@
+"""What is compared: one cell per task, attention and seed, the most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from benchmarks.quality.scales import Scale
+from sparsek_dist.config import AttentionConfig, AttentionKind
+
+TASKS = ("recall", "text", "convert-recall", "convert-text")
+BASELINES: tuple[AttentionKind, ...] = ("full", "window", "sink_window", "random")
+GATES: tuple[Gate, ...] = ("straight_through", "value", "key_value")
+STDS = (1.0, 3.0)
+"""Of the scores at initialisation: at 3, the support is hardly more than k."""
+Gate = Literal["straight_through", "value", "key_value"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model: trained from scratch, or for `convert-..` tuned from the dense one of the same seed."""
+
+    task: str
+    kind: AttentionKind = "sparsek"
+    gate: Gate = "straight_through"
+    std: float = 1.0
+    slope: float = 0.0
+    """Score that a pair loses against a new one while 16 windows pass."""
+    support: int = 4
+    """S / k."""
+    scorer_rate: float = 1.0
+    """Learning rate of the scorers, as a multiple of that of all other weights."""
+    share: float = 0.0
+    """For `convert-..`: tuning, as a share of the dense model's training."""
+    seed: int = 0
+
+    @property
+    def converts(self) -> bool:
+        return self.task.startswith("convert-")
+
+    @property
+    def base(self) -> str:
+        """The task that is learned: `recall` or `text`."""
+        return self.task.removeprefix("convert-")
+
+    @property
+    def variant(self) -> str:
+        """What all seeds share; names the rows of a report."""
+        if self.kind != "sparsek":
+            return self.kind
+        words = ["sparsek", self.gate, f"std {self.std:g}"]
+        words += [f"slope {self.slope:g}"] if self.slope else []
+        words += [f"S {self.support} k"] if self.support != 4 else []
+        words += [f"scorer rate {self.scorer_rate:g}"] if self.scorer_rate != 1 else []
+        return ", ".join(words)
+
+    @property
+    def name(self) -> str:
+        """Unique, and the same in every session."""
+        share = f"/{self.share:g}" if self.converts else ""
+        return f"{self.task}/{self.variant}{share}/seed {self.seed}"
+
+    def attention(self, window: int) -> AttentionConfig:
+        """Of the same budget for every kind: w + k pairs, k = w."""
+        return AttentionConfig(
+            kind=self.kind,
+            num_selected=window,
+            window=window,
+            support=self.support * window,
+            gate=self.gate,
+            score_std=self.std,
+            slope=self.slope / (16 * window),
+        )
+
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self) | {"variant": self.variant, "name": self.name}
+
+
+def grid(scale: Scale) -> list[Cell]:
+    """All cells: the five kinds in every task and seed, then SPARSEK's settings, then targeted questions."""
+    cells: dict[str, Cell] = {}
+    for cell in (*_kinds(scale), *_settings(scale), *_questions(scale)):
+        cells.setdefault(cell.name, cell)
+    return list(cells.values())
+
+
+def _kinds(scale: Scale) -> Iterator[Cell]:
+    for seed in range(scale.seeds):
+        for task in ("recall", "text"):
+            for kind in (*BASELINES, "sparsek"):
+                yield Cell(task=task, kind=kind, seed=seed)
+        for task in ("convert-recall", "convert-text"):
+            for share in scale.shares:
+                for kind in (*BASELINES[1:], "sparsek"):
+                    yield Cell(task=task, kind=kind, share=share, seed=seed)
+
+
+def _settings(scale: Scale) -> Iterator[Cell]:
+    """Every gate at both score scales, with and without slope; every gate for converted models."""
+    for seed in range(scale.seeds):
+        for task in ("convert-recall", "convert-text"):
+            for share in scale.shares:
+                for gate in GATES:
+                    yield Cell(task=task, gate=gate, share=share, seed=seed)
+        for task in ("recall", "text"):
+            for slope in (0.0, 1.0):
+                for std in STDS:
+                    for gate in GATES:
+                        yield Cell(task=task, gate=gate, std=std, slope=slope, seed=seed)
+
+
+def _questions(scale: Scale) -> Iterator[Cell]:
+    """One setting changed at a time: a small score scale, a steep slope, the scorers' learning rate, the support."""
+    for seed in range(scale.seeds):
+        for task in ("recall", "text"):
+            yield Cell(task=task, std=0.3, seed=seed)
+            yield Cell(task=task, slope=4.0, seed=seed)
+            yield Cell(task=task, scorer_rate=0.1, seed=seed)
+            yield Cell(task=task, scorer_rate=10.0, seed=seed)
+            yield Cell(task=task, support=2, seed=seed)
+            yield Cell(task=task, support=8, seed=seed)

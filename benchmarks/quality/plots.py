@@ -1,0 +1,117 @@
+"""One picture per task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.quality.summary import Read, Row, by_variant, mean_error, passkey, passkey_lengths
+
+DEFAULT = "sparsek, straight_through, std 1"
+
+
+def plot_recall(rows: Sequence[Row]) -> Figure:
+    """Accuracy by distance, and of every variant and seed."""
+    variants = by_variant(rows)
+    figure = Figure(figsize=(12, max(4.0, 0.3 * len(variants) + 1.2)), layout="constrained")
+    by_distance, overall = figure.subplots(1, 2)
+    best = max(
+        (v for v in variants if v.startswith("sparsek")), key=lambda v: _mean(variants[v], _accuracy), default=""
+    )
+    for variant in _unique(["full", "window", "sink_window", "random", DEFAULT, best], variants):
+        curve = [row["accuracy_by_distance"] for row in variants[variant]]
+        _curve(by_distance, [2**i for i in range(len(curve[0]))], curve, variant)
+    by_distance.axhline(1 / 8, color="grey", linestyle=":", label="chance")
+    by_distance.set(xlabel="tokens from fact to question, in windows", ylabel="share of questions answered")
+    by_distance.set_ylim(0, 1.02)
+    _legend(by_distance)
+    _dots(overall, variants, _accuracy)
+    overall.set(xlabel="share of questions answered (a dot per seed)")
+    return figure
+
+
+def plot_text(rows: Sequence[Row]) -> Figure:
+    """Bits per byte by position, less those of the window, and pass keys by length."""
+    variants = by_variant(rows)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    by_position, keys = figure.subplots(1, 2)
+    base = {row["seed"]: _positions(row) for row in variants.get("window", [])}
+    for variant in _unique(["full", "window", "sink_window", "random", *variants], variants):
+        mine = [row for row in variants[variant] if row["seed"] in base]
+        if mine and variant != "window":
+            places = [entry["last"] for entry in mine[0]["by_position"]]
+            less = [[x - y for x, y in zip(_positions(row), base[row["seed"]], strict=True)] for row in mine]
+            _curve(by_position, places, less, variant)
+        lengths = passkey_lengths(variants[variant][0])
+        _curve(keys, lengths, [[passkey(row, length) for length in lengths] for row in variants[variant]], variant)
+    by_position.axhline(0, color="grey", linestyle=":")
+    by_position.set(xlabel="tokens before the target, at most", ylabel="bits per byte, less those of window")
+    keys.set(xlabel="tokens of the text", ylabel="log likelihood of the pass key, nats")
+    _legend(keys)
+    return figure
+
+
+def plot_convert(rows: Sequence[Row], dense: Sequence[Row], label: str, read: Read) -> Figure:
+    """A number of the converted models by the share of tuning, and that of the dense ones that they were."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if dense:
+        axes.axhline(_mean(dense, read), color="grey", linestyle=":", label="dense, not converted")
+    for variant, mine in by_variant(rows).items():
+        shares = sorted({row["share"] for row in mine})
+        found = {(row["seed"], row["share"]): read(row) for row in mine}
+        seeds = sorted({row["seed"] for row in mine})
+        curves = [[found.get((seed, share), math.nan) for share in shares] for seed in seeds]
+        _curve(axes, [100 * share for share in shares], curves, variant, logarithmic=False)
+    axes.set(xlabel="tuning, in % of the dense model's training", ylabel=label)
+    _legend(axes)
+    return figure
+
+
+PLOTS = {"recall": plot_recall, "text": plot_text}
+
+
+def _accuracy(row: Row) -> float:
+    return row["accuracy"]
+
+
+def _positions(row: Row) -> list[float]:
+    return [entry["bits_per_byte"] for entry in row["by_position"]]
+
+
+def _mean(rows: Sequence[Row], read: Read) -> float:
+    return mean_error([read(row) for row in rows])[0]
+
+
+def _unique(names: Sequence[str], known: dict[str, list[Row]]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if name in known]
+
+
+def _curve(
+    axes: Axes, places: Sequence[float], curves: Sequence[Sequence[float]], label: str, *, logarithmic: bool = True
+) -> None:
+    """Mean over seeds, with one standard error each way where there are several."""
+    means, errors = zip(*(mean_error(column) for column in zip(*curves, strict=True)), strict=True)
+    axes.errorbar(places, means, np.nan_to_num(errors), marker="o", markersize=4, capsize=3, label=label)
+    if logarithmic:
+        axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, where it hides nothing."""
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2)
+
+
+def _dots(axes: Axes, variants: dict[str, list[Row]], read: Read) -> None:
+    """A line per variant, best on top, a dot per seed."""
+    names = sorted(variants, key=lambda name: _mean(variants[name], read))
+    for place, name in enumerate(names):
+        values = [read(row) for row in variants[name]]
+        axes.plot(values, [place] * len(values), "o", markersize=4, color="C0" if name.startswith("sparsek") else "C1")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,211 @@
+"""One cell: build the model, train it, measure it; by the project's own model, attention, loss and measures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality import recall, text
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.scales import Scale, Task
+from sparsek_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from sparsek_dist.data.loader import Batch
+from sparsek_dist.evaluation.context import as_row, measure
+from sparsek_dist.evaluation.perplexity import BYTES, label_bytes
+from sparsek_dist.evaluation.retrieval import retrieve
+from sparsek_dist.models.build import build_model, count_parameters
+from sparsek_dist.models.observe import observe
+from sparsek_dist.models.pretrained import SCORER
+from sparsek_dist.parallel.loss import count_targets, loss_sum
+from sparsek_dist.parallel.mesh import Mesh, RankGroup
+from sparsek_dist.training.optim import build_optimizer, learning_rate, set_learning_rate
+
+DEPTHS = (0.0, 0.5)
+"""Of pass keys: at the beginning, in the middle."""
+TUNING_RATE = 0.3
+"""Peak learning rate of tuning, as a share of that of training."""
+
+
+@dataclass
+class Study:
+    """What cells share: the scale, the device, the folder, and the text, which is read once."""
+
+    scale: Scale
+    out: Path
+    device: torch.device
+    _corpus: text.Corpus | None = field(default=None, init=False)
+
+    @property
+    def corpus(self) -> text.Corpus:
+        if self._corpus is None:
+            self._corpus = text.corpus(self.scale)
+        return self._corpus
+
+    def dense_folder(self, cell: Cell) -> Path:
+        """Where the model with full attention of a cell's task and seed is kept, for the cells that convert it."""
+        return self.out / f"dense-{cell.base}-{cell.seed}"
+
+
+def run_cell(cell: Cell, study: Study) -> dict[str, Any]:
+    """Trains and measures one model; all there is to know about it, fit for JSON."""
+    folder = study.dense_folder(cell)
+    if cell.converts and not folder.is_dir():
+        dense, _ = trained(Cell(task=cell.base, kind="full", seed=cell.seed), study)
+        keep(dense, folder)
+    model, row = trained(cell, study)
+    began = time.perf_counter()
+    row |= _measure_recall(model, study.scale.recall) if cell.base == "recall" else _measure_text(model, cell, study)
+    if cell.kind == "full" and not folder.is_dir():
+        keep(model, folder)
+    return row | {"measure_seconds": time.perf_counter() - began}
+
+
+def trained(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
+    """The model of a cell, in evaluation mode, and what its training was; in bfloat16 on a GPU."""
+    config = configuration(cell, study)
+    vocab_size = recall.vocab_size(study.scale.recall) if cell.base == "recall" else text.VOCAB
+    model: Any = build_model(config, Mesh(), vocab_size=vocab_size).to(study.device)
+    if study.device.type == "cuda":
+        model.to(torch.bfloat16)
+    row: dict[str, Any] = {"parameters": count_parameters(config, vocab_size=vocab_size)}
+    if config.train.steps > 0:
+        row |= train(model, config, _batches(cell, study), scorer_rate=cell.scorer_rate)
+    return model.eval(), row
+
+
+def keep(model: Any, folder: Path) -> None:
+    """Saves a model, so that the folder is complete if it is there."""
+    unfinished = folder.with_suffix(".unfinished")
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def configuration(cell: Cell, study: Study) -> Config:
+    """The project's settings of a cell."""
+    task = study.scale.task(cell.base)
+    steps, rate, model = task.steps, task.learning_rate, task.model
+    if cell.converts:
+        source = str(study.dense_folder(cell))
+        steps, rate, model = math.ceil(cell.share * steps), rate * TUNING_RATE, ModelConfig(source=source)
+    return Config(
+        run=RunConfig(seed=cell.seed),
+        model=model,
+        attention=cell.attention(task.window),
+        data=DataConfig(sequence_length=task.length),
+        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=steps // 10),
+        train=TrainConfig(steps=steps, micro_batch_size=task.batch),
+    )
+
+
+def _batches(cell: Cell, study: Study) -> Callable[[int], Batch]:
+    """Step -> batch; the same for all kinds of one seed. Tuning goes on where the dense model's training ended."""
+    task = study.scale.task(cell.base)
+    past = task.steps if cell.converts else 0
+    if cell.base == "recall":
+        return lambda step: recall.questions(task, size=task.batch, seed=(cell.seed, step + past)).batch
+    training = text.TrainingText(study.corpus, study.scale, seed=cell.seed)
+    return lambda step: training(step + past)
+
+
+class MasterWeights:
+    """The optimizer over float32 copies of the weights: bfloat16 ones could not move by less than their spacing."""
+
+    def __init__(self, model: Any, config: Config, *, scorer_rate: float) -> None:
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        scorers = {id(weight) for name, weight in model.named_parameters() if SCORER in name}
+        # Updates of the scorers are scaled after the step, which needs no groups of their own.
+        self.rates = [scorer_rate if id(weight) in scorers else 1.0 for weight in self.weights]
+        self.masters = [weight.detach().float().clone() for weight in self.weights]
+        copies = {id(weight): master for weight, master in zip(self.weights, self.masters, strict=True)}
+        for group in self.optimizer.param_groups:
+            group["params"] = [copies[id(weight)] for weight in group["params"]]
+
+    @torch.no_grad()
+    def step(self, rate: float, clip_norm: float) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, clip_norm)
+        before = [None if rate == 1 else master.clone() for rate, master in zip(self.rates, self.masters, strict=True)]
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        for weight, master, old, factor in zip(self.weights, self.masters, before, self.rates, strict=True):
+            if old is not None:
+                master.copy_(old + factor * (master - old))
+            weight.copy_(master)
+
+
+def train(model: Any, config: Config, batch_at: Callable[[int], Batch], *, scorer_rate: float) -> dict[str, Any]:
+    """Trains `model` in place.
+
+    Returns:
+        Steps, tokens, the median seconds of a step after the first five (of this process's CPU time on CPUs, so that
+        neighbours do not count), and the mean loss over tenths of the training, in nats per target.
+    """
+    device, steps = model.device, config.train.steps
+    weights = MasterWeights(model, config, scorer_rate=scorer_rate)
+    model.train()
+    losses: list[Tensor] = []
+    seconds: list[float] = []
+    for step in range(steps):
+        batch = batch_at(step).to(device)
+        began = _clock(device)
+        nats = loss_sum(model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits, batch.labels)
+        loss = nats / count_targets(batch.labels).clamp_min(1).float()
+        loss.backward()
+        weights.step(learning_rate(step, config), config.optimizer.clip_norm)
+        losses.append(loss.detach())
+        seconds.append(_clock(device) - began)
+    curve = torch.stack(losses).tolist()
+    tenth = max(1, steps // 10)
+    return {
+        "steps": steps,
+        "tokens": steps * config.train.micro_batch_size * config.data.sequence_length,
+        "step_seconds": statistics.median(seconds[5:] or seconds),
+        "train_loss": [statistics.mean(curve[i : i + tenth]) for i in range(0, steps, tenth)],
+    }
+
+
+def _clock(device: torch.device) -> float:
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _measure_recall(model: Any, task: Task) -> dict[str, Any]:
+    # One test for all seeds and kinds, which no training seed draws.
+    test = recall.questions(task, size=task.eval_contexts, seed=(10_000, 0))
+    return recall.score(model, test, task)
+
+
+def _measure_text(model: Any, cell: Cell, study: Study) -> dict[str, Any]:
+    """Bits per byte on held-out packages, overall and by position; statistics of the selection; pass keys."""
+    scale, corpus = study.scale, study.corpus
+    batches = text.test_batches(corpus, scale)
+    of_each = label_bytes(BYTES, corpus.held_out.store)
+    use = measure(model, batches, label_bytes=of_each, device=model.device)
+    first = batches[0].to(model.device)
+    selection, _ = observe(model, first.input_ids, first.position_ids, RankGroup())
+    row = {
+        "bits_per_byte": use.overall.bits_per_byte,
+        "by_position": [as_row(entry) for entry in use.by_position],
+        "by_length": [as_row(entry) for entry in use.by_length],
+        "selection": selection,
+        "corpus": corpus.told,
+    }
+    if cell.converts:
+        return row
+    keys = text.haystacks(text.TEST_KEYS, 0)
+    lengths = text.passkey_lengths(scale)
+    found = retrieve(model, keys, lengths=lengths, depths=DEPTHS, samples=scale.passkey_samples)
+    return row | {"passkey": [as_row(entry) for entry in found]}

@@ -1,0 +1,52 @@
+"""Finished cells, grouped by what only the seed tells apart, and what a few seeds say about a number."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Read = Callable[[Row], float]
+"""How to read a number off a finished cell; NaN where it has none."""
+
+
+def by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Cells that differ in their seed only, in the order in which they were run."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["variant"], []).append(row)
+    return groups
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error, NaN for one seed. Values that are NaN are left out."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return math.nan, math.nan
+    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    return statistics.mean(known), error
+
+
+def paired(rows: Sequence[Row], reference: Sequence[Row], read: Read) -> list[float]:
+    """`rows` less `reference`, for each seed that both have: same data, same test, other attention."""
+    base = {row["seed"]: read(row) for row in reference}
+    return [read(row) - base[row["seed"]] for row in rows if row["seed"] in base]
+
+
+def layers(row: Row, name: str) -> list[float]:
+    """NAME_0, NAME_1, .. of a cell; none for dense attention."""
+    found = []
+    while (key := f"{name}_{len(found)}") in row:
+        found.append(row[key])
+    return found
+
+
+def passkey(row: Row, length: int) -> float:
+    """Mean log likelihood of the pass key over the depths of one length, in nats."""
+    return statistics.mean(cell["log_likelihood"] for cell in row["passkey"] if cell["length"] == length)
+
+
+def passkey_lengths(row: Row) -> list[int]:
+    return sorted({cell["length"] for cell in row["passkey"]})
