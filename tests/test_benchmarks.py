@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,6 @@ def test_the_script_runs_what_exists(tmp_path):
             [ON_GPU, part, tmp_path], env={**os.environ, "DRY_RUN": "1"}, capture_output=True, text=True, check=True
         )
         assert done.stdout.startswith("timeout ")
-        if part not in ("sanitize", "quality"):
-            assert all((ROOT / path).exists() for path in re.findall(r"(?:benchmarks|tests|configs)/\S+", done.stdout))
+        assert all((ROOT / path).exists() for path in re.findall(r"(?:benchmarks|tests|configs)/\S+", done.stdout))
+        assert all(find_spec(module) for module in re.findall(r"-m (\S+)", done.stdout) if "." in module), done.stdout
     assert subprocess.run([ON_GPU, "other"], capture_output=True, check=False).returncode == 2
