@@ -111,20 +111,16 @@ def _gather_earlier(own: Best, mine: Tensor, document_start: Tensor, group: Rank
     Blanked, not left out: every rank then builds the same graph, and so takes part in the same collectives of the
     backward pass.
     """
-    length, senders = document_start.shape[1], list(reversed(range(group.size)))
+    length = document_start.shape[1]
     gathered = gather_all(_to_wire(own), group, kind="carry")
     # Started second: NCCL carries the messages of a group one after another, so scores would wait for the pairs.
     travelling = gather_later(mine, group, kind="carry")
     parts = []
-    for sender in senders:
+    for sender in reversed(range(group.size)):
         part = _from_wire(tuple(x[sender] for x in gathered), shift=(sender - group.rank) * length)
         parts.append(part if sender < group.rank else _blank(part))
-
-    def arrive() -> list[Tensor]:
-        arrived = travelling.wait()
-        return [arrived[sender] for sender in senders]
-
-    return parts, arrive
+    # Unbound, not indexed: the gradient of each index would be a table of all p summaries, to be added up.
+    return parts, lambda: list(reversed(travelling.wait().unbind()))
 
 
 def _scan_earlier(own: Best, mine: Tensor, document_start: Tensor, group: RankGroup) -> Earlier:

@@ -11,11 +11,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparsek_dist.attention import parallel
-from sparsek_dist.attention.exchange import received_per_layer, resolve_exchange
+from sparsek_dist.attention.exchange import exchange_carry, received_per_layer, resolve_exchange
 from sparsek_dist.attention.parallel import ParallelAttention
 from sparsek_dist.parallel import comm
 from sparsek_dist.parallel.layout import shard
-from sparsek_dist.parallel.mesh import Mesh, build_mesh
+from sparsek_dist.parallel.mesh import Mesh, RankGroup, build_mesh
 from sparsek_dist.parallel.recompute import keep_received
 from sparsek_kernels import Budget
 from tests.distributed import run_distributed
@@ -167,6 +167,19 @@ def test_nothing_leaks_from_later_tokens_or_other_documents(by_rank, exchange):
     assert torch.equal(plain[:, :29], later[:, :29]) and not torch.equal(plain[:, 29:], later[:, 29:])
     packed, other = _whole(by_rank, exchange, "packed"), _whole(by_rank, exchange, "other")
     assert torch.equal(packed[:, 19:], other[:, 19:]) and not torch.equal(packed[:, 17:19], other[:, 17:19])
+
+
+def test_gradients_of_gathered_pairs_are_laid_together_once():
+    """A gradient of each summary by itself would be as large as all: p^2 of them in a backward pass."""
+    key, scores = torch.randn(1, 9 + W - 1, G, D, requires_grad=True), torch.randn(1, 9 + W - 1, G)
+    start, sizes = torch.zeros(1, 9, dtype=torch.int64), {"num_selected": K, "support": S}
+    incoming = exchange_carry(key, key, scores, start, RankGroup(), **sizes, exchange="all_gather")
+    names, nodes = [], [incoming.carry().key.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    assert "UnbindBackward0" in names and "SelectBackward0" not in names
 
 
 def test_auto_gathers_up_to_eight():
