@@ -140,7 +140,7 @@ def _communicate(
 ) -> tuple[Tensor, ...]:
     """Starts an exchange of packed bytes [m] -> [p, m], and waits for it unless a `flight` is to be waited for later.
 
-    Several tensors are copied out of one message, which reads it: only one alone can be waited for later.
+    Several tensors may be copied out of one message, which reads it: only one alone can be waited for later.
     """
     assert flight is None or len(tensors) == 1
     during = Flight() if flight is None else flight
@@ -196,7 +196,8 @@ def _pack(tensors: Sequence[Tensor]) -> Tensor:
 def _unpack(rows: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """[p, m] bytes -> for each tensor of `like`, p of its shape and dtype."""
     parts = rows.split([_num_bytes(x) for x in like], dim=1)
-    # Copied first if it is not alone: a part may begin at an address that its dtype does not allow.
+    # Parts of several rows are copied out. Those of one row are views, so each must begin where its dtype allows: keys
+    # and values, as long as each other, come before scores, which are wider.
     return tuple(part.contiguous().view(x.dtype).view(len(rows), *x.shape) for part, x in zip(parts, like, strict=True))
 
 
