@@ -95,7 +95,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group: RankGroup, kind: str, flight: Flight | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.kind, ctx.dtypes = group, kind, [x.dtype for x in tensors]
-        return _communicate(lambda message, during: _all_gather(message, group, kind, during), flight, tensors)
+        rows = _communicate(lambda message, during: _all_gather(message, group, kind, during), flight, tensors)
+        return _mark(ctx, rows, ctx.needs_input_grad[3:])
 
     @staticmethod
     @once_differentiable
@@ -119,7 +120,7 @@ class _Receive(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.group, ctx.distance, ctx.kind, ctx.dtypes = group, distance, kind, [x.dtype for x in tensors]
         rows = _communicate(lambda message, during: _shift(message, group, distance, kind, during), flight, tensors)
-        return tuple(x[0] for x in rows)
+        return _mark(ctx, tuple(x[0] for x in rows), ctx.needs_input_grad[4:])
 
     @staticmethod
     @once_differentiable
@@ -133,6 +134,12 @@ class _Receive(torch.autograd.Function):
         flight.land()
         mine = dict(zip(chosen, (x[0] for x in _unpack(packed, back)), strict=True))
         return None, None, None, None, *(mine.get(i) for i in range(len(grads)))
+
+
+def _mark(ctx: Any, received: tuple[Tensor, ...], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """`received`, of which only what is needed gets a gradient: else fixed scores would, for travelling with keys."""
+    ctx.mark_non_differentiable(*(x for x, need in zip(received, needed, strict=True) if not need))
+    return received
 
 
 def _communicate(

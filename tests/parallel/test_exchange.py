@@ -182,6 +182,14 @@ def test_gradients_of_gathered_pairs_are_laid_together_once():
     assert "UnbindBackward0" in names and "SelectBackward0" not in names
 
 
+def test_what_needs_no_gradient_does_not_get_one_from_its_company():
+    """Fixed scores travel with keys: their gradients would be sent back through every exchange, for nothing."""
+    key, scores, group = torch.randn(1, 4, G, requires_grad=True), torch.randn(1, 4), RankGroup()
+    received = comm.receive([key, scores], group, distance=1, kind="halo")
+    gathered = comm.gather_all([key, scores], group, kind="carry")
+    assert [x.requires_grad for x in (*received, *gathered)] == [True, False, True, False]
+
+
 def test_auto_gathers_up_to_eight():
     chosen = [resolve_exchange("auto", degree) for degree in (1, 2, 8, 9, 64)]
     assert chosen == ["all_gather"] * 3 + ["scan"] * 2
