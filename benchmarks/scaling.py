@@ -85,7 +85,8 @@ def seconds(method: str, p: int, layer: Layer, near: Link, far: Link, per_host: 
             return math.nan
         rounds = p - 1 if method == "all_gather" else math.ceil(math.log2(p))
         summaries = (layer.summary_bytes, layer.returned_bytes(method))
-        exchange = sum(link.seconds(layer.halo_bytes) + link.seconds(rounds * x, rounds) for x in summaries)
+        # Scores and pairs are messages of their own. What hides behind the selection is not taken off.
+        exchange = sum(link.seconds(layer.halo_bytes) + link.seconds(rounds * x, 2 * rounds) for x in summaries)
         return shard * layer.sparse_seconds_per_token + exchange
     dense = layer.length**2 / 2 / p * layer.dense_seconds_per_pair
     token_bytes = layer.head_dim * layer.pair_bytes

@@ -46,6 +46,13 @@ def test_bytes_are_those_of_the_exchange(scaling, method, p):
     assert scaling.seconds(method, p, layer, free, slow, 1) == pytest.approx(2 * (told + back))
 
 
+@pytest.mark.parametrize(("method", "rounds"), [("all_gather", 7), ("scan", 3)])
+def test_scores_and_pairs_are_messages_of_their_own(scaling, method, rounds):
+    link = scaling.Link(latency=1.0, bandwidth=math.inf)
+    # The halo and all rounds, forward and backward.
+    assert scaling.seconds(method, 8, _layer(scaling), link, link, 8) == 2 * (1 + 2 * rounds)
+
+
 def test_what_cannot_run_is_left_out(scaling):
     link = scaling.Link(latency=0.0, bandwidth=1.0)
     assert math.isnan(scaling.seconds("ulysses", 8, _layer(scaling), link, link, 8))
@@ -85,9 +92,9 @@ def test_constants_come_from_measurements(scaling, monkeypatch, tmp_path, capsys
     scaling.main()
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 us per token, 4 ps per pair; in a machine 1000 us, 1 GB/s" in printed
-    # Two shards of 8192 tokens; halos and summaries of 8 heads, 128 wide, in bfloat16, and four messages of 1 ms.
+    # Two shards of 8192 tokens; halos and summaries of 8 heads, 128 wide, in bfloat16, and six messages of 1 ms.
     halo, pairs, support = 8 * 1023 * 516, 8 * 2 * 128 * 1024, 8 * 4096
-    expected = 2e-3 * 8192 + 4 + 1e-6 * (2 * halo + pairs * (2 + 4) + support * (8 + 4))
+    expected = 2e-3 * 8192 + 6 + 1e-6 * (2 * halo + pairs * (2 + 4) + support * (8 + 4))
     assert f"100.00 │ {expected:.2f} │ {expected / 100:.2f}" in printed
 
 

@@ -42,10 +42,10 @@ def shard_attention(
         document_start: [b, s] where each query's document begins, counted from the first query (negative if before).
     """
     budget = Budget(carry.key.shape[2], window, carry.scores.shape[2], gate)
-    selection = select_shard(query, scores, carry, document_start, budget=budget, backend=backend)
-    return attend_shard(
-        query, key, value, scores, carry, document_start, selection, budget=budget, scale=scale, backend=backend
-    )
+    _check_shard(query, key, value, scores, carry, budget, scale)
+    chosen = _resolve_shard(backend, query, key.shape[2], budget)
+    selection = select_on(chosen, query, scores, carry, document_start, budget)
+    return attend_on(chosen, query, key, value, scores, carry, document_start, selection, budget, scale)
 
 
 def select_shard(
@@ -88,6 +88,14 @@ def attend_shard(
 
     Where nothing comes before, there is no halo either: carry None, key [b, s, g, d].
     """
+    _check_shard(query, key, value, scores, carry, budget, scale)
+    chosen = _resolve_shard(backend, query, key.shape[2], budget)
+    return attend_on(chosen, query, key, value, scores, carry, document_start, selection, budget, scale)
+
+
+def _check_shard(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, carry: Carry | None, budget: Budget, scale: float | None
+) -> None:
     check_attention(
         query,
         key,
@@ -100,8 +108,6 @@ def attend_shard(
         scale=scale,
         halo=0 if carry is None else budget.window - 1,
     )
-    chosen = _resolve_shard(backend, query, key.shape[2], budget)
-    return attend_on(chosen, query, key, value, scores, carry, document_start, selection, budget, scale)
 
 
 def _resolve_shard(backend: str, query: Tensor, num_kv_heads: int, budget: Budget) -> str:

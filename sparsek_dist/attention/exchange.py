@@ -111,19 +111,16 @@ def _gather_earlier(own: Best, mine: Tensor, document_start: Tensor, group: Rank
     Blanked, not left out: every rank then builds the same graph, and so takes part in the same collectives of the
     backward pass.
     """
-    length, senders = document_start.shape[1], list(reversed(range(group.size)))
-    travelling = gather_later(mine, group, kind="carry")
+    length = document_start.shape[1]
     gathered = gather_all(_to_wire(own), group, kind="carry")
+    # Started second: NCCL carries the messages of a group one after another, so scores would wait for the pairs.
+    travelling = gather_later(mine, group, kind="carry")
     parts = []
-    for sender in senders:
+    for sender in reversed(range(group.size)):
         part = _from_wire(tuple(x[sender] for x in gathered), shift=(sender - group.rank) * length)
         parts.append(part if sender < group.rank else _blank(part))
-
-    def arrive() -> list[Tensor]:
-        arrived = travelling.wait()
-        return [arrived[sender] for sender in senders]
-
-    return parts, arrive
+    # Unbound, not indexed: the gradient of each index would be a table of all p summaries, to be added up.
+    return parts, lambda: list(reversed(travelling.wait().unbind()))
 
 
 def _scan_earlier(own: Best, mine: Tensor, document_start: Tensor, group: RankGroup) -> Earlier:
@@ -137,12 +134,11 @@ def _scan_earlier(own: Best, mine: Tensor, document_start: Tensor, group: RankGr
     is further right and can only be in that document or in a later one. And it is needed: a summary has room for S, and
     high scores of a document that has ended would push out those that a receiver still wants.
 
-    Pairs take the same rounds, with the rows that the scores have told. The first of them travel early; the others
-    wait for their merge.
+    Pairs take the same rounds, after those of the scores, with the rows that these have told. The first of them travel
+    early; the others wait for their merge.
     """
     length, distances = document_start.shape[1], [1 << i for i in range((group.size - 1).bit_length())]
     sizes = {"num_selected": mine.shape[2], "support": own.scores.shape[2]}
-    travelling = receive_later(mine, group, distance=1, kind="carry")
     parts, kept = [], []
     for distance in distances:
         message = receive(_to_wire(own), group, distance=distance, kind="carry")
@@ -151,6 +147,7 @@ def _scan_earlier(own: Best, mine: Tensor, document_start: Tensor, group: RankGr
         if distance != distances[-1]:
             own, rows = best_of_parts(_side_by_side([own, parts[-1]]), document_start[:, -1:], **sizes)
             kept.append(rows)
+    travelling = receive_later(mine, group, distance=1, kind="carry")
 
     def arrive() -> list[Tensor]:
         merged, arrived = mine, [travelling.wait()]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from sparsek_dist.config import AttentionConfig
 from sparsek_dist.errors import ConfigError
-from sparsek_dist.models.families import attention_modules, num_kv_heads, plan_layers, sliding_window
+from sparsek_dist.models.families import FAMILIES, attention_modules, num_kv_heads, plan_layers, sliding_window
 from sparsek_dist.relations import divisors
 
 CHANGING_ROPES = ("dynamic", "longrope")
@@ -31,6 +31,9 @@ def least_shard(spec: PreTrainedConfig, attention: AttentionConfig, *, degree: i
     """
     if degree == 1:
         return 1
+    if spec.model_type not in FAMILIES:
+        cure = f"use one of {', '.join(sorted(FAMILIES))}" + (", or one process" if attention.kind == "full" else "")
+        raise ConfigError(f"model_type = {spec.model_type} cannot share its sequences over {told} = {degree}: {cure}")
     _refuse_changing_positions(spec)
     with torch.device("meta"):
         modules = attention_modules(AutoModelForCausalLM.from_config(spec))

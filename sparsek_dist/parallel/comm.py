@@ -95,7 +95,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group: RankGroup, kind: str, flight: Flight | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.kind, ctx.dtypes = group, kind, [x.dtype for x in tensors]
-        return _communicate(lambda message, during: _all_gather(message, group, kind, during), flight, tensors)
+        rows = _communicate(lambda message, during: _all_gather(message, group, kind, during), flight, tensors)
+        return _mark(ctx, rows, ctx.needs_input_grad[3:])
 
     @staticmethod
     @once_differentiable
@@ -119,7 +120,7 @@ class _Receive(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.group, ctx.distance, ctx.kind, ctx.dtypes = group, distance, kind, [x.dtype for x in tensors]
         rows = _communicate(lambda message, during: _shift(message, group, distance, kind, during), flight, tensors)
-        return tuple(x[0] for x in rows)
+        return _mark(ctx, tuple(x[0] for x in rows), ctx.needs_input_grad[4:])
 
     @staticmethod
     @once_differentiable
@@ -135,12 +136,18 @@ class _Receive(torch.autograd.Function):
         return None, None, None, None, *(mine.get(i) for i in range(len(grads)))
 
 
+def _mark(ctx: Any, received: tuple[Tensor, ...], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """`received`, of which only what is needed gets a gradient: else fixed scores would, for travelling with keys."""
+    ctx.mark_non_differentiable(*(x for x, need in zip(received, needed, strict=True) if not need))
+    return received
+
+
 def _communicate(
     exchange: Callable[[Tensor, Flight], Tensor], flight: Flight | None, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Starts an exchange of packed bytes [m] -> [p, m], and waits for it unless a `flight` is to be waited for later.
 
-    Several tensors are copied out of one message, which reads it: only one alone can be waited for later.
+    Several tensors may be copied out of one message, which reads it: only one alone can be waited for later.
     """
     assert flight is None or len(tensors) == 1
     during = Flight() if flight is None else flight
@@ -196,7 +203,8 @@ def _pack(tensors: Sequence[Tensor]) -> Tensor:
 def _unpack(rows: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """[p, m] bytes -> for each tensor of `like`, p of its shape and dtype."""
     parts = rows.split([_num_bytes(x) for x in like], dim=1)
-    # Copied first if it is not alone: a part may begin at an address that its dtype does not allow.
+    # Parts of several rows are copied out. Those of one row are views, so each must begin where its dtype allows: keys
+    # and values, as long as each other, come before scores, which are wider.
     return tuple(part.contiguous().view(x.dtype).view(len(rows), *x.shape) for part, x in zip(parts, like, strict=True))
 
 

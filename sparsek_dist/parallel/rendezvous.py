@@ -54,7 +54,8 @@ def discover() -> Ranks:
     """
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return _from_environment()
-    if any(name in os.environ for name in MPI_VARIABLES):
+    # One process alone needs no MPI, which may not even be installed: `srun -n 1 sparsek eval`.
+    if any(os.environ.get(name, "1") != "1" for name in MPI_VARIABLES):
         return _from_mpi()
     return Ranks()
 

@@ -79,3 +79,17 @@ def test_shards_equal_the_whole(case: Case, cuts: list[int], gate: str) -> None:
         results.append((output, *torch.autograd.grad(output, list(inputs.values()), upstream)))
     for name, found, expected in zip(("output", "dquery", "dkey", "dvalue", "dscores"), *results, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"num_scores": 9}, r"scores must be .* = \[1, 10, 2\]"), ({"window": 0}, "key and value must be"),
+     ({"support": 2}, "support = 2 must exceed num_selected = 2")],
+)  # fmt: skip
+def test_arguments_are_checked_before_anything_is_selected(changed: dict[str, int], message: str) -> None:
+    settings = {"num_scores": 10, "window": 3, "support": 4} | changed
+    query, key, scores = torch.randn(1, 8, 4, 4), torch.randn(1, 10, 2, 4), torch.randn(1, settings["num_scores"], 2)
+    carry = empty_carry(key, scores, num_selected=2, support=settings["support"])
+    starts = torch.zeros(1, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        shard_attention(query, key, key, scores, carry, starts, window=settings["window"])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BloomConfig, T5Config
 
 from sparsek_dist import load_pretrained, sparsify
 from sparsek_dist.config import AttentionConfig, Config, TuneConfig
@@ -152,6 +153,15 @@ def test_positions_that_change_with_the_length_cannot_be_shared(rope):
         spec.rope_parameters = parameters
         with pytest.raises(ConfigError, match=f"rope_type = {rope} of this llama model changes with the length"):
             least_shard(spec, AttentionConfig(window=5), degree=2, told="degree")
+
+
+def test_architectures_that_are_not_known_cannot_be_shared():
+    with pytest.raises(
+        ConfigError, match=r"model_type = bloom cannot share .* over degree = 2: use one of .*starcoder2$"
+    ):
+        least_shard(BloomConfig(n_layer=1), AttentionConfig(window=5), degree=2, told="degree")
+    with pytest.raises(ConfigError, match=r"model_type = t5 cannot share .*, or one process$"):
+        least_shard(T5Config(), AttentionConfig(kind="full"), degree=2, told="degree")
 
 
 def test_learned_positions_cannot_be_stretched(folder):

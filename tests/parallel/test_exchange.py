@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
@@ -10,11 +11,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparsek_dist.attention import parallel
-from sparsek_dist.attention.exchange import received_per_layer, resolve_exchange
+from sparsek_dist.attention.exchange import exchange_carry, received_per_layer, resolve_exchange
 from sparsek_dist.attention.parallel import ParallelAttention
 from sparsek_dist.parallel import comm
 from sparsek_dist.parallel.layout import shard
-from sparsek_dist.parallel.mesh import Mesh, build_mesh
+from sparsek_dist.parallel.mesh import Mesh, RankGroup, build_mesh
 from sparsek_dist.parallel.recompute import keep_received
 from sparsek_kernels import Budget
 from tests.distributed import run_distributed
@@ -22,6 +23,8 @@ from tests.distributed import run_distributed
 K, W, S, G, D = 6, 5, 16, 2, 4
 EXCHANGES = ("all_gather", "scan")
 BUDGET = Budget(K, W, S, "value")
+HALO, PAIRS, SCORES = (W - 1) * G * (2 * D * 4 + 4), K * G * 2 * D * 4, S * G * 8
+"""Bytes of each message."""
 
 
 def _inputs(n: int, *, changed: int | None = None, begins: int | None = None) -> list[torch.Tensor]:
@@ -73,18 +76,19 @@ def _measure(rank: int, world_size: int) -> dict[str, dict]:
 
 
 def _order(rank: int, world_size: int) -> dict[str, list[str]]:
-    """What this rank did, in order: starting and waiting for messages, selecting, attending."""
+    """What this rank did, in order: starting messages, and waiting for them, selecting, attending."""
     mesh, told = build_mesh(world_size, timeout=timedelta(seconds=60)), []
     patch = pytest.MonkeyPatch()
 
-    def tell(owner: object, name: str, word: str) -> None:
+    def tell(owner: object, name: str, word: Callable[..., str]) -> None:
         original = getattr(owner, name)
-        patch.setattr(owner, name, lambda *args, **kwargs: (told.append(word), original(*args, **kwargs))[1])
+        patch.setattr(owner, name, lambda *args, **kwargs: (told.append(word(*args)), original(*args, **kwargs))[1])
 
-    tell(comm.Flight, "start", "start")
-    tell(comm.Flight, "land", "wait")
-    tell(parallel, "select_shard", "select")
-    tell(parallel, "attend_shard", "attend")
+    content = {HALO: "halo", SCORES: "scores", PAIRS: "pairs"}
+    tell(comm.Flight, "start", lambda flight, requests, message, received: content.get(message.numel(), ""))
+    tell(comm.Flight, "land", lambda flight: "wait")
+    tell(parallel, "select_shard", lambda *args: "select")
+    tell(parallel, "attend_shard", lambda *args: "attend")
     results = {}
     for exchange in EXCHANGES:
         told.clear()
@@ -95,9 +99,14 @@ def _order(rank: int, world_size: int) -> dict[str, list[str]]:
 
 
 def test_pairs_travel_while_scores_select():
-    for done in run_distributed(_order, 2):
-        # The halo; the pairs, of which nobody waits; the scores. Then the selection, and only then the pairs.
-        assert done["all_gather"] == done["scan"] == ["start", "wait", "start", "start", "wait", "select", "wait"]
+    first, middle, last = run_distributed(_order, 3)
+    for done in (first, middle, last):
+        # Scores start before pairs: a group that carries one message after another must not keep them waiting.
+        expected = ["halo", "wait", "scores", "wait", "pairs", "select", "wait"]
+        assert done["all_gather"] == expected
+    for done in (first, last):
+        # Pairs of the scan's second round, which the middle rank has no part in, are known when the first have arrived.
+        assert done["scan"] == [*expected[:4], *expected[2:], "pairs", "wait"]
 
 
 @pytest.fixture(scope="module", params=[3, pytest.param(4, marks=pytest.mark.slow)])
@@ -112,14 +121,13 @@ def _whole(by_rank: list[dict], exchange: str, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_received_bytes_are_the_formula_whatever_the_length(by_rank, exchange):
     degree = len(by_rank)
-    halo, pairs, entries = (W - 1) * G * (2 * D * 4 + 4), K * G * 2 * D * 4, S * G * 8
     for rank, results in enumerate(by_rank):
         summaries = degree - 1 if exchange == "all_gather" else rank.bit_length()
-        expected = (halo if rank else 0) + summaries * (pairs + entries)
+        expected = (HALO if rank else 0) + summaries * (PAIRS + SCORES)
         assert results[exchange]["n"]["forward"] == expected, rank
         # Backward, each rank's entries send their gradients back, but no positions.
         senders = degree - 1 if exchange == "all_gather" else (degree - 1 - rank).bit_length()
-        expected += (halo if rank < degree - 1 else 0) + senders * (pairs + entries // 2)
+        expected += (HALO if rank < degree - 1 else 0) + senders * (PAIRS + SCORES // 2)
         assert results[exchange]["n"]["all"] == results[exchange]["8n"]["all"] == expected, rank
     told = received_per_layer(
         degree,
@@ -159,6 +167,27 @@ def test_nothing_leaks_from_later_tokens_or_other_documents(by_rank, exchange):
     assert torch.equal(plain[:, :29], later[:, :29]) and not torch.equal(plain[:, 29:], later[:, 29:])
     packed, other = _whole(by_rank, exchange, "packed"), _whole(by_rank, exchange, "other")
     assert torch.equal(packed[:, 19:], other[:, 19:]) and not torch.equal(packed[:, 17:19], other[:, 17:19])
+
+
+def test_gradients_of_gathered_pairs_are_laid_together_once():
+    """A gradient of each summary by itself would be as large as all: p^2 of them in a backward pass."""
+    key, scores = torch.randn(1, 9 + W - 1, G, D, requires_grad=True), torch.randn(1, 9 + W - 1, G)
+    start, sizes = torch.zeros(1, 9, dtype=torch.int64), {"num_selected": K, "support": S}
+    incoming = exchange_carry(key, key, scores, start, RankGroup(), **sizes, exchange="all_gather")
+    names, nodes = [], [incoming.carry().key.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    assert "UnbindBackward0" in names and "SelectBackward0" not in names
+
+
+def test_what_needs_no_gradient_does_not_get_one_from_its_company():
+    """Fixed scores travel with keys: their gradients would be sent back through every exchange, for nothing."""
+    key, scores, group = torch.randn(1, 4, G, requires_grad=True), torch.randn(1, 4), RankGroup()
+    received = comm.receive([key, scores], group, distance=1, kind="halo")
+    gathered = comm.gather_all([key, scores], group, kind="carry")
+    assert [x.requires_grad for x in (*received, *gathered)] == [True, False, True, False]
 
 
 def test_auto_gathers_up_to_eight():

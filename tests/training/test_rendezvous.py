@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsek_dist.errors import ConfigError
+from sparsek_dist.errors import ConfigError, PeerError
 from sparsek_dist.parallel.rendezvous import LAUNCHER_VARIABLES, MPI_VARIABLES, Ranks, discover
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -42,6 +42,16 @@ def test_launched(monkeypatch, size_name) -> None:
 def test_launcher_goes_before_mpi(monkeypatch) -> None:
     _set(monkeypatch, **LAUNCHED, OMPI_COMM_WORLD_SIZE="1")
     assert discover().launcher == "environment"
+
+
+@pytest.mark.parametrize("name", MPI_VARIABLES)
+def test_one_process_alone_needs_no_mpi(monkeypatch, name) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    _set(monkeypatch, **{name: "1"})
+    assert discover() == Ranks()
+    _set(monkeypatch, **{name: "2"})
+    with pytest.raises(PeerError, match="mpi4py cannot be used"):
+        discover()
 
 
 @pytest.mark.parametrize("missing", [name for name in LAUNCHED if name not in ("RANK", "WORLD_SIZE")])
