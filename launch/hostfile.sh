@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts a run on all hosts of a hostfile, over ssh and pdsh, from one of them.
 # Usage: launch/hostfile.sh HOSTFILE doctor
-#        launch/hostfile.sh HOSTFILE train CONFIG [key=value ...]
+#        launch/hostfile.sh HOSTFILE train CONFIG [key=value ...], or eval RUN_OR_FOLDER
 # HOSTFILE has a line `NAME slots=PROCESSES` for each host. All need this repository and its Python at the same path, and
 # ssh without a password from here. MASTER_ADDR and MASTER_PORT (29500) say where rank 0 listens. DRY_RUN=1 only prints.
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts a run on all hosts of a hostfile through MPI; ranks find each other through mpi4py. For Open MPI 4 and 5.
 # Usage: launch/mpirun.sh HOSTFILE doctor
-#        launch/mpirun.sh HOSTFILE train CONFIG [key=value ...]
+#        launch/mpirun.sh HOSTFILE train CONFIG [key=value ...], or eval RUN_OR_FOLDER
 # HOSTFILE has a line `NAME slots=PROCESSES` for each host. All need this repository and its Python at the same path.
 # INTERFACE names the network interface the hosts share, where MPI itself picks a wrong one. DRY_RUN=1 only prints.
 set -euo pipefail
@@ -45,4 +45,4 @@ wait "$job" || code=$?
 # A signal ends the waiting, not yet the job.
 while kill -0 "$job" 2>/dev/null; do code=0 && wait "$job" || code=$?; done
 ((code == 0)) || exit "$code"
-wait "$reader" || { echo "error: a host was lost; start the same command again to continue from the newest checkpoint" >&2 && exit 6; }
+wait "$reader" || { echo "error: a host was lost; start the same command again (training continues from its newest checkpoint)" >&2 && exit 6; }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts this node's share of a run; start it on every node. For containers and Kubernetes: no ssh, no hostfile.
 # Usage: NODES=2 NODE_RANK=0 MASTER_ADDR=HOST_OF_NODE_0 launch/no_ssh.sh doctor
-#        NODES=2 NODE_RANK=1 MASTER_ADDR=HOST_OF_NODE_0 launch/no_ssh.sh train CONFIG [key=value ...]
+#        NODES=2 NODE_RANK=1 MASTER_ADDR=HOST_OF_NODE_0 launch/no_ssh.sh train CONFIG [key=value ...], or eval RUN
 # NODE_RANK may come from a Kubernetes indexed job or from Slurm. SLOTS is the number of processes per node (its GPUs, or
 # one), the same on all; MASTER_PORT (29500) must be free on node 0. DRY_RUN=1 only prints.
 set -euo pipefail
