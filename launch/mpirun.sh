@@ -45,4 +45,4 @@ wait "$job" || code=$?
 # A signal ends the waiting, not yet the job.
 while kill -0 "$job" 2>/dev/null; do code=0 && wait "$job" || code=$?; done
 ((code == 0)) || exit "$code"
-wait "$reader" || { echo "error: a host was lost; start the same command again (training continues from its newest checkpoint)" >&2 && exit 6; }
+wait "$reader" || { echo "error: a host was lost; start the same command again to continue (training does from its newest checkpoint)" >&2 && exit 6; }

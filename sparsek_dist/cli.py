@@ -243,7 +243,7 @@ def _known(error: Exception) -> SparsekError | None:
     if isinstance(error, torch.distributed.DistError) or LOST_PEER.search(str(error)):
         return PeerError(
             f"lost contact with another rank ({first}): its own message, or the logs/ of the run folder, say why it "
-            "ended; start the same command again (training continues from its newest checkpoint)"
+            "ended; start the same command again to continue (training does from its newest checkpoint)"
         )
     return None
 

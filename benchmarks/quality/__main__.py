@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,11 +32,12 @@ def main(arguments: list[str] | None = None) -> None:
         report(log.rows(), options.out, options.name or options.scale)
         return
     scale = SCALES[options.scale]
+    scale = replace(scale, seeds=options.seeds or scale.seeds)
     if scale.name == "gpu" and not torch.cuda.is_available():
         raise SystemExit("--scale gpu needs a CUDA device, and there is none: use --scale cpu")
     study = Study(scale, options.out, torch.device("cuda" if scale.name == "gpu" else "cpu"))
     began = time.perf_counter()
-    cells = [cell for cell in grid(scale) if cell.task in options.tasks and cell.seed < options.seeds]
+    cells = [cell for cell in grid(scale) if cell.task in options.tasks]
     cells = [cell for cell in cells if not options.only or any(word in cell.name for word in options.only)]
     todo = [cell for cell in cells if cell.name not in log.done()]
     print(f"{len(cells)} cells, {len(todo)} to do", flush=True)
@@ -56,7 +58,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--seeds", type=int, default=1000, help="only so many seeds")
+    parser.add_argument("--seeds", type=int, help="how many, from 0 (default: the scale's)")
     parser.add_argument("--only", nargs="+", default=[], help="only cells whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell that would not fit")
     parser.add_argument("--report", action="store_true", help="tables and plots of the cells that are done")
