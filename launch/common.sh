@@ -17,6 +17,12 @@ usage_unless() {
     fi
 }
 
+# Takes what `make install` made, where no environment with deepspeed is active.
+find_environment() {
+    local own=${folder%/*}/.venv/bin
+    if ! command -v deepspeed >/dev/null && [[ -x $own/deepspeed ]]; then export PATH=$own:$PATH; fi
+}
+
 # Runs the command in place of the script, or with DRY_RUN=1 only prints it.
 run() {
     if [[ ${DRY_RUN:-0} == 1 ]]; then

@@ -7,6 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage_unless 1 $# "${1:-}"
+find_environment
 # What follows the script's name may be any command of sparsek that runs on many processes.
 [[ $1 == doctor || $1 == train || $1 == eval ]] || set -- train "$@"
 

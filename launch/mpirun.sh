@@ -7,6 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage_unless 2 $# "${1:-}"
+find_environment
 hostfile=$1
 shift
 check_hostfile "$hostfile"

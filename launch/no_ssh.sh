@@ -7,6 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage_unless 1 $# "${1:-}"
+find_environment
 NODE_RANK=${NODE_RANK:-${JOB_COMPLETION_INDEX:-${SLURM_NODEID:-}}}
 [[ ${NODES:-} =~ ^[1-9][0-9]*$ ]] || fail "NODES = '${NODES:-}': set it to the number of nodes"
 if ! [[ $NODE_RANK =~ ^[0-9]+$ ]] || ((NODE_RANK >= NODES)); then

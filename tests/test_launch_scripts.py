@@ -222,6 +222,23 @@ exit "${code:-0}"
 """
 
 
+def test_the_environment_of_make_install_is_found(tmp_path):
+    """A new user types a command of the documentation, with no environment active."""
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    own = tmp_path / ".venv" / "bin"
+    own.mkdir(parents=True)
+    for name, what in {
+        "deepspeed": 'echo "started by ${BASH_SOURCE[0]}"',
+        "python": f'exec {BIN}/python "$@"',
+    }.items():
+        (own / name).write_text(f"#!/bin/bash\n{what}\n")
+        (own / name).chmod(0o755)
+    variables = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    command = [tmp_path / "launch" / "local.sh", "eval", "runs/quickstart"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and done.stdout == f"started by {own / 'deepspeed'}\n", done.stdout + done.stderr
+
+
 def test_slurm_starts_ranks_that_find_each_other(tmp_path):
     # One name at a time and slowly, as from a busy controller: whoever reads only the first would cut it off.
     names = "#!/bin/bash\nprintf '127.0.0.1\\n'; sleep 0.3; printf '127.0.0.2\\n'\n"
