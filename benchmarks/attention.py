@@ -5,7 +5,7 @@
     python benchmarks/attention.py --out results --shapes wide narrow
     python benchmarks/attention.py --out results --device cpu     # tiny sizes through torch: shows that the script runs
 
-First holds outputs and gradients against float64, and 20 runs against each other. Times are medians of CUDA events;
+First holds outputs and gradients against float64, and 100 runs against each other. Times are medians of CUDA events;
 selection is part of every SPARSEK time. Dense is torch's SDPA over [b, s, h, d] tensors. Extra memory is the peak of
 forward + backward beyond the inputs, the output and the gradients of both. The JSON is saved after every group.
 """

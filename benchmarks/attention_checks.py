@@ -60,7 +60,7 @@ def check(bench: Bench, cases: list[tuple[int, int, str]]) -> None:
             bench.say(f"  G={group} d={d:3d} {'dense SDPA':16s} {errors(*plain)}")
 
 
-def check_determinism(bench: Bench, shape: Shape, runs: int = 20) -> None:
+def check_determinism(bench: Bench, shape: Shape, runs: int = 100) -> None:
     n = 8192 // bench.shrink
     inputs = bench.inputs(shape, n)
     grad = torch.randn_like(inputs[0])
