@@ -89,7 +89,10 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize("case", CASES)
 def test_edge_case(case: Case) -> None:
     gate = GATES[len(case.name) % 4]
-    assert_close(values_and_gradients(on_triton, case, gate=gate, **case.settings()), expected_of(case, gate))
+    # Rounding large scores to the kernels' dtype moves the gates, whatever the kernels do.
+    rounding = float(case.inputs()["scores"].detach().abs().max()) * torch.finfo(DTYPE).eps
+    found = values_and_gradients(on_triton, case, gate=gate, **case.settings())
+    assert_close(found, expected_of(case, gate), max(TOLERANCE, 2 * rounding))
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -135,7 +138,8 @@ def test_gradcheck() -> None:
     s, k, window = 11, 3, 2
     query, key, value = (torch.randn(1, s, 2, 3, generator=generator).double() for _ in range(3))
     scores = torch.randperm(s, generator=generator).double().view(1, s, 1) * 0.13
-    leaves = [x.requires_grad_() for x in (query, key[:, :, :1].clone(), value[:, :, :1].clone(), scores)]
+    inputs = (query, key[:, :, :1].clone(), value[:, :, :1].clone(), scores)
+    leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
 
     def attend(*tensors: Tensor) -> Tensor:
         return sparsek_attention(*tensors, num_selected=k, window=window, support=7, gate="value", backend="triton")
