@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from sparsek_dist.parallel.rendezvous import barrier
+
 REPEATS = 5
 NUM_BYTES = {"cpu": (1 << 12, 1 << 20, 1 << 24), "cuda": (1 << 15, 1 << 22, 1 << 28)}
 """Sizes of the messages: one for the latency, one as attention sends them, one for the bandwidth."""
@@ -63,7 +65,7 @@ def _time_neighbours(num_bytes: int, device: torch.device) -> dict[int, float]:
     for turn in (0, 1):
         other = rank + 1 if rank % 2 == turn else rank - 1
         # All wait here, also those without a partner in this round.
-        dist.barrier()
+        barrier()
         if 0 <= other < world:
             seconds[other] = _median(lambda other=other: _exchange(mine, theirs, other), device)  # type: ignore[misc]
             _check(theirs, other)

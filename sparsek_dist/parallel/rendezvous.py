@@ -100,6 +100,13 @@ def initialize(ranks: Ranks, *, timeout: timedelta, init_method: str | None = No
     return device
 
 
+def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Returns when every rank of the group, or of all, has called it."""
+    nccl = torch.distributed.get_backend(group) == "nccl"
+    # Not told, NCCL's barrier guesses the GPU from the rank, and says so each time.
+    torch.distributed.barrier(group, device_ids=[torch.cuda.current_device()] if nccl else None)
+
+
 def shutdown() -> None:
     """Ends the process group, if there is one."""
     if torch.distributed.is_initialized():

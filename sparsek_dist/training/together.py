@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch.distributed
 
 from sparsek_dist.errors import SparsekError
+from sparsek_dist.parallel import rendezvous
 from sparsek_dist.parallel.mesh import RankGroup
 
 T = TypeVar("T")
@@ -17,7 +18,7 @@ T = TypeVar("T")
 def barrier(group: RankGroup) -> None:
     """Returns when every rank has called it."""
     if group.handle is not None:
-        torch.distributed.barrier(group=group.handle)
+        rendezvous.barrier(group.handle)
 
 
 def gather_objects(value: T, group: RankGroup) -> list[T]:

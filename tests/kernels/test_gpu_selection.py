@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -209,6 +209,17 @@ def test_a_shard_with_a_carry(pattern: str, window: int, dtype: torch.dtype) -> 
     if pattern == "narrow" and window == 1:
         window = 2
     assert_equal(shard_problem(3, pattern, dtype, 1, 53, 6, window, 17))
+
+
+def test_a_carry_of_any_strides() -> None:
+    """`summarize` returns its entries in the memory order of the scores that it sorted, which is not that of rows."""
+    problem = shard_problem(3, "random", torch.float64, 1, 53, 6, 4, 17)
+    fields = {
+        name: getattr(problem, name).transpose(0, 2).contiguous().transpose(0, 2)
+        for name in ("carry_scores", "carry_positions")
+    }
+    assert not any(field.is_contiguous() for field in fields.values())
+    assert_equal(replace(problem, **fields))
 
 
 @DTYPES

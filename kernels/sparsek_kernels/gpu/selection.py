@@ -58,7 +58,8 @@ def select_gpu(
     halo, entries, chunks = length - s, carried + length, triton.cdiv(s, chunk_size)
     latest_first = scores.new_empty(b * g, entries)
     if carried > 0:
-        carry_positions, carry_order = (x.view(b * g, carried) for x in carry_positions.sort(dim=-1))
+        # A sort keeps the strides of what it sorts, whatever they are; the kernels read rows.
+        carry_positions, carry_order = (x.contiguous().view(b * g, carried) for x in carry_positions.sort(dim=-1))
     else:
         carry_positions = carry_order = carry_positions.view(b * g, 0)
     table_kernel[(triton.cdiv(entries, BLOCK), b * g)](
