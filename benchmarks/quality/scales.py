@@ -104,13 +104,13 @@ GPU = Scale(
             init_std=0.088,
         ),
         eval_contexts=256,
-        guess_seconds=60,
+        guess_seconds=20,
     ),
     text=Task(
         length=16384,
         window=256,
         batch=4,
-        steps=250,
+        steps=600,
         learning_rate=2e-3,
         # 18 million parameters.
         model=ModelConfig(
@@ -124,7 +124,7 @@ GPU = Scale(
             init_std=0.044,
         ),
         eval_contexts=32,
-        guess_seconds=150,
+        guess_seconds=70,
     ),
     package_bytes=12_000_000,
     passkey_samples=4,
