@@ -1,6 +1,7 @@
 """What the attention kernels are launched with at real sizes, and what they would occupy on a GPU that is not here.
 
     python -m tests.kernels.launches 128 4 bfloat16 90        # d, G, dtype, architecture: one JSON object per kernel
+    python -m tests.kernels.launches 128 4 bfloat16 90 straight_through carry hopper    # gate, more settings
 
 Tensors without memory (torch's meta device) go through the real host code. Instead of a launch, each kernel is compiled
 with the types, constants and divisibility that the launch would have had.
@@ -18,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from sparsek_kernels.gpu import attention, layout, score_gradient
 from sparsek_kernels.gpu.call import new_call
@@ -43,7 +45,16 @@ class Recorder:
 
 
 def record(
-    d: int, group: int, dtype: torch.dtype, *, gate: str, carry: bool, n: int = 4096, g: int = 8, k: int = 1024
+    d: int,
+    group: int,
+    dtype: torch.dtype,
+    *,
+    gate: str,
+    carry: bool,
+    hopper: bool = False,
+    n: int = 4096,
+    g: int = 8,
+    k: int = 1024,
 ) -> list[tuple[Any, tuple, dict]]:
     """Launches of one forward and backward; k = w, S = 4 k."""
 
@@ -61,6 +72,10 @@ def record(
             kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
             recorders = {name: Recorder(kernel, log) for name, kernel in kernels.items()}
             patches.enter_context(mock.patch.multiple(module, **recorders))
+        if hopper:
+            special = Recorder(attention.kernel_for_hopper(), log)
+            changed = {"hopper_forward_applies": lambda call: True, "kernel_for_hopper": lambda: special}
+            patches.enter_context(mock.patch.multiple(attention, **changed))
         call = new_call(
             query, key, key, empty(1, t, g, like=precise), (pairs, pairs, empty(1, g, s_carry, like=precise)),
             (empty(1, g, n, like=precise), entries, entries, empty(1, g, chunks, k, like=torch.int32)),
@@ -89,7 +104,9 @@ def occupied(kernel: Any, args: tuple, constants: dict, arch: int) -> dict[str, 
         if name not in fixed and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
             divisible[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=divisible),
+        (GluonASTSource if kernel.is_gluon() else ASTSource)(
+            fn=kernel, signature=types, constexprs=fixed, attrs=divisible
+        ),
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
@@ -98,15 +115,17 @@ def occupied(kernel: Any, args: tuple, constants: dict, arch: int) -> dict[str, 
     return {"registers": registers, "spills": local, "shared": compiled.metadata.shared, "copies": copies}
 
 
-def main() -> None:
+def main(*, forward: bool = False) -> None:
+    """Prints what each kernel, or only the first one, the forward, occupies."""
     d, group, dtype, arch = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]), int(sys.argv[4])
     gate = sys.argv[5] if len(sys.argv) > 5 else "straight_through"
     seen = set()
-    for kernel, args, constants in record(d, group, dtype, gate=gate, carry="carry" in sys.argv):
+    launches = record(d, group, dtype, gate=gate, carry="carry" in sys.argv, hopper="hopper" in sys.argv)
+    for kernel, args, constants in launches[: 1 if forward else None]:
         if kernel.__name__ not in seen:
             seen.add(kernel.__name__)
             print(json.dumps({"kernel": kernel.__name__, **occupied(kernel, args, constants, arch)}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(forward="forward" in sys.argv)

@@ -46,3 +46,29 @@ def test_kernels_fit(setting: tuple) -> None:
         # Exact float32 products need no tensor cores and take registers instead.
         assert resources["spills"] <= MOST_SPILLED or "float32" in setting, (name, resources)
         assert name in SUMS or "float32" in setting or resources["copies"] > 0, (name, "loads do not overlap")
+
+
+HOPPER = [
+    (128, 4, "bfloat16", 90, "straight_through", "", "hopper"),
+    *(
+        pytest.param((*x, "hopper"), marks=pytest.mark.slow)
+        for x in [
+            (128, 1, "float16", 90, "none", "carry"), (128, 128, "bfloat16", 90, "none", "carry"),
+            (64, 1, "bfloat16", 90, "none", ""), (64, 3, "float16", 90, "straight_through", "carry"),
+        ]
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", HOPPER, ids=str)
+def test_the_forward_for_hopper_fits(setting: tuple) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # The other kernels are the same as without it.
+    command = [sys.executable, "-m", "tests.kernels.launches", *(str(x) for x in setting if x), "forward"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = map(json.loads, done.stdout.splitlines())
+    assert found["kernel"] == "forward_hopper_kernel"
+    assert found["spills"] == 0
+    assert found["shared"] <= MOST_SHARED[90]
+    assert found["copies"] > 0

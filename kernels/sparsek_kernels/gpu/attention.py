@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.forward import forward_kernel
 from sparsek_kernels.gpu.layout import Layout, rows_of_selected
 from sparsek_kernels.gpu.score_gradient import score_gradient
+from sparsek_kernels.gpu.tiles import HOPPER_FORWARD, Tile
 
 ROWS_AT_ONCE = 16
 """Partial rows of a pair that are added in one step; a power of two."""
@@ -26,6 +28,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     b, s, h, d, _, g, _ = call.sizes
     out = torch.empty(b, s, h, d, dtype=call.query.dtype, device=call.query.device)
     lse = torch.empty(b, h, s, dtype=call.accumulate, device=call.query.device)
+    if hopper_forward_applies(call):
+        _forward_hopper(call, out, lse)
+        return out, lse
     gate = "none" if call.gate == "straight_through" else call.gate
     # Without gates no score is read.
     scores = call.tau if gate == "none" else call.scores
@@ -34,6 +39,63 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         *_tables(call, gate, scores), out, lse, *_numbers(call), GATE=gate, **_query_constants(call), **constants
     )
     return out, lse
+
+
+def hopper_forward_applies(call: Call) -> bool:
+    """Whether the forward written for Hopper computes this call.
+
+    Its matrix products exist on capability 9.x only, in half precision, and its tiles were made for d of 64 and 128
+    without gates (`straight_through` has none in the forward); more than 128 query heads per KV head do not fit its
+    rows, nor 2^15 selected pairs the number that counts them. Its copies move 16 bytes at a time: every row must begin
+    at a multiple of them, as the compiler finds it if strides are multiples of 16. Triton must have Gluon.
+    """
+    _, _, h, d, _, g, _ = call.sizes
+    tensors = (call.query, call.key, call.value, *((call.carry_key, call.carry_value) if call.has_carry else ()))
+    return (
+        call.query.is_cuda
+        and torch.cuda.get_device_capability(call.query.device)[0] == 9
+        and call.gate in ("none", "straight_through")
+        and all(x.dtype == call.query.dtype and x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
+        and d in (64, 128)
+        and h // g <= HOPPER_FORWARD.rows
+        and call.alive.shape[-1] < 1 << 15
+        and all(x.data_ptr() % 16 == 0 and all(i % 16 == 0 for i in x.stride()[:3]) for x in tensors)
+        and kernel_for_hopper() is not None
+    )
+
+
+@functools.cache
+def kernel_for_hopper() -> Any:
+    """The kernel, or None where Triton lacks what it is written in."""
+    try:
+        from sparsek_kernels.gpu.forward_hopper import forward_hopper_kernel
+    except ImportError:
+        return None
+    return forward_hopper_kernel
+
+
+def _forward_hopper(call: Call, out: Tensor, lse: Tensor) -> None:
+    constants = hopper_constants(call)
+    grid = (triton.cdiv(call.query.shape[1], constants["BQ"]), out.shape[0] * call.key.shape[2])
+    kernel_for_hopper()[grid](*_tables(call, "none", call.tau), out, lse, *_numbers(call), **constants)
+
+
+def hopper_constants(call: Call, tile: Tile = HOPPER_FORWARD) -> dict[str, Any]:
+    """The constexpr arguments and launch options of the forward written for Hopper."""
+    from triton.experimental.gluon import language as gl
+
+    _, _, _, d, t, _, support = call.sizes
+    shared = call.constants(tile)
+    # Rows are 32-bit offsets into those of one (b, g) unless there are too many.
+    furthest = (support + t) * max(call.key.stride(1), call.value.stride(1), call.carry_key.stride(2))
+    return {
+        **{name: shared[name] for name in ("G", "GP", "BQ", "BN", "num_warps")},
+        **_query_constants(call),
+        "D": d,
+        "STAGES": tile.stages,
+        "OFFSET": gl.int32 if furthest < 1 << 31 else gl.int64,
+        "FENCE": True,
+    }
 
 
 def backward(

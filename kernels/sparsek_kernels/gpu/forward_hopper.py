@@ -1,0 +1,265 @@
+"""Forward for Hopper, in Gluon: the two matrix products of neighbouring tiles run while the softmax does.
+
+The columns are those of columns.py, in one list: the middle, the listed pairs (plain ones first), the rest of the
+window. A column's rank is its place in that list, counted from the first listed pair; those of the middle are negative.
+Tiles of the list up to the last plain pair need no mask. While tile j is weighed, its predecessor's values are summed:
+
+    wait for keys j, values j - 1  ->  start Q K_j, P_{j-1} V_{j-1}  ->  fetch keys j + ahead, values j + ahead - 1
+    ->  wait for Q K_j  ->  softmax: P_j  ->  wait for P_{j-1} V_{j-1}  ->  rescale the output
+
+Rows are fetched by asynchronous copies, so that gathered and neighbouring ones cost the same.
+"""
+
+# Device functions take pointers and numbers, to which Triton gives no Python type.
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from sparsek_kernels.gpu.tiles import ANYWHERE
+
+BEFORE_ALL = gl.constexpr(ANYWHERE)
+AFTER_ALL = gl.constexpr(-ANYWHERE)
+LOWEST = gl.constexpr(-1e30)
+"""Where running maxima begin: finite, because inf - inf is NaN."""
+
+
+@gluon.jit
+def _start(document_start, query):
+    """Where a query's document begins, in 32 bits."""
+    return gl.maximum(gl.load(document_start + query), BEFORE_ALL).to(gl.int32)
+
+
+@gluon.jit
+def _columns(
+    tile, alive, visible_until, document_start, s, halo, window,
+    K: gl.constexpr, KP: gl.constexpr, CHUNK: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The list of columns: (its listed pairs, how many, how many columns in the middle, the first position of the
+    window, the tile's first query, the last rank), and how many of its tiles need no mask. As `tile_columns`."""
+    chunk = tile * BQ // CHUNK
+    low, high = tile * BQ, gl.minimum(tile * BQ + BQ, s)
+    alive += chunk.to(gl.int64) * K
+    oldest = gl.maximum(gl.maximum(chunk * CHUNK - window + 1, -halo), _start(document_start, low))
+    oldest = gl.minimum(oldest, low + 1)
+    middle = gl.maximum(gl.maximum(oldest, high - window), _start(document_start, high - 1))
+    num_middle = gl.maximum(low + 1 - middle, 0) // BN * BN
+    count, plain = 0, 0
+    if K > 0:
+        ranks = gl.arange(0, KP, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        listed = gl.load(alive + ranks, mask=ranks < K, other=-1)
+        exists = listed >= 0
+        seen = exists & (gl.load(visible_until + listed, mask=exists, other=0) >= high)
+        # Both numbers at once: at most 2^15 columns fit a chunk's list.
+        both = gl.sum(exists.to(gl.int32) + (seen.to(gl.int32) << 16), 0)
+        count, plain = both & 0xFFFF, both >> 16
+    last = count + high - oldest - num_middle - 1
+    return (alive, count, num_middle, oldest, low, last), num_middle // BN + plain // BN
+
+
+@gluon.jit
+def _fetch_listed(rank, columns):
+    """Entries [BN] of the columns that are listed pairs."""
+    alive, count, _, _, _, last = columns
+    rank = gl.minimum(rank, last)
+    return gl.load(alive + rank, mask=(rank >= 0) & (rank < count), other=0)
+
+
+@gluon.jit
+def _position(rank, columns):
+    """Position [BN] of the columns that are no listed pairs."""
+    _, count, num_middle, oldest, low, _ = columns
+    recent = oldest - count + rank
+    recent = gl.where(recent > low - num_middle, recent + num_middle, recent)
+    return gl.where(rank < 0, low + 1 + rank, recent)
+
+
+@gluon.jit
+def _entry(rank, listed, columns, origin):
+    """Entry [BN] of every column; behind the last one, the last one's. `origin`: entry of the key at position 0."""
+    rank = gl.minimum(rank, columns[5])
+    return gl.where((rank >= 0) & (rank < columns[1]), listed, _position(rank, columns) + origin)
+
+
+@gluon.jit
+def _start_rows(buffer, rows, entry, exists, D: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr):
+    """Starts to copy the rows [BN, D] of some entries into shared memory; nothing is read unless they exist."""
+    stream, stride, carried, carried_stride, S = rows
+    width = gl.arange(0, D, gl.SliceLayout(0, entry.type.layout.parent))
+    where = (stream + width)[None, :] + ((entry - S).to(OFFSET) * stride)[:, None]
+    if HAS_CARRY:
+        before = (carried + width)[None, :] + (entry.to(OFFSET) * carried_stride)[:, None]
+        where = gl.where((entry < S)[:, None], before, where)
+    async_copy.async_copy_global_to_shared(buffer, where, mask=exists)
+
+
+@gluon.jit
+def _softmax(logits, scale, largest, total):
+    """Online softmax in base 2 of scale * logits: weights, largest, sum of weights, what earlier sums shrink by."""
+    new = gl.maximum(largest, gl.max(logits, 1) * scale)
+    weights = gl.exp2(logits * scale - new[:, None])
+    shrink = gl.exp2(largest - new)
+    return weights, new, total * shrink + gl.sum(weights, 1), shrink
+
+
+@gluon.jit
+def _mask(logits, j, until, queries, columns, BN: gl.constexpr):
+    """Logits of the pairs that are visible, -inf elsewhere."""
+    over: gl.constexpr = gl.SliceLayout(0, logits.type.layout)
+    rank = gl.arange(0, BN, over) + (j * BN - columns[2])
+    since = gl.where((rank >= 0) & (rank < columns[1]), BEFORE_ALL, _position(rank, columns))
+    since = gl.where(rank > columns[5], AFTER_ALL, since)
+    until = gl.convert_layout(until, over)
+    visible = (since[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
+    return gl.where(visible, logits, float("-inf"))
+
+
+@gluon.jit
+def _fetch(
+    j, slots, fetched, tables, buffers, num_tiles,
+    BN: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of keys j and, unless j is the FIRST, values j - 1; loads what is listed in tile j + 1.
+
+    Args:
+        slots: where in their rings the keys and values go.
+        fetched: listed entries of tile j, all entries of tile j - 1; returned for the next tile.
+    """
+    listed, before = fetched
+    columns, keys, values, origin = tables
+    D: gl.constexpr = buffers[0].shape[2]
+    rank = gl.arange(0, BN, listed.type.layout) + (j * BN - columns[2])
+    entry = _entry(rank, listed, columns, origin)
+    _start_rows(buffers[0].index(slots[0]), keys, entry, j < num_tiles, D, HAS_CARRY, OFFSET)
+    if not FIRST:
+        _start_rows(buffers[1].index(slots[1]), values, before, j - 1 < num_tiles, D, HAS_CARRY, OFFSET)
+    async_copy.commit_group()
+    return _fetch_listed(rank + BN, columns), entry
+
+
+@gluon.jit
+def _step(
+    j, slots, state, fetched, until, query_tile, queries, scale, tables, buffers, visible_until, num_plain, num_tiles,
+    BN: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr,
+    FENCE: gl.constexpr,
+):  # fmt: skip
+    """Weighs tile j while the values of tile j - 1 are summed.
+
+    Args:
+        slots: of tile j - 1 and tile j in the rings.
+    """
+    largest, total, weights, out = state
+    last, own = slots
+    other = last if STAGES == 2 else 3 - last - own
+    async_copy.wait_group(STAGES - 2)
+    if FENCE:
+        fence_async_shared()
+    none = gl.full([out.shape[0], BN], 0.0, gl.float32, queries.type.layout.parent)
+    logits = warpgroup_mma(query_tile, buffers[0].index(own).permute((1, 0)), none, use_acc=False, is_async=True)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, out.type.layout, 2)
+    out = warpgroup_mma(
+        gl.convert_layout(weights.to(buffers[1].dtype), LEFT), buffers[1].index(last), out, is_async=True
+    )
+    before = fetched[1]
+    free = (last, own if STAGES == 2 else other)
+    fetched = _fetch(j + STAGES - 1, free, fetched, tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, False)
+    following = fetched[1] if STAGES == 2 else before
+    following_until = gl.load(visible_until + following, mask=j + 1 >= num_plain, other=0)
+    logits = warpgroup_mma_wait(1, deps=(logits,))
+    if MASK:
+        logits = _mask(logits, j, until, queries, tables[0], BN)
+    weights, largest, total, shrink = _softmax(logits, scale, largest, total)
+    if BN > 64:
+        weights = weights.to(buffers[1].dtype)
+    out = warpgroup_mma_wait(0, deps=(out,))
+    out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
+    return (own, other), (largest, total, weights, out), fetched, following_until
+
+
+@gluon.jit
+def forward_hopper_kernel(
+    q, k, v, carry_k, carry_v, scores, tau, visible_until, fractional_from, alive, document_start, out, lse,
+    qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks, g,
+    K: gl.constexpr, KP: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr,
+    BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
+    OFFSET: gl.constexpr, FENCE: gl.constexpr,
+):  # fmt: skip
+    """As `forward_kernel` with GATE = none, for BQ * GP = 128 rows and 8 warps."""
+    ROWS: gl.constexpr = BQ * GP
+    WARPS: gl.constexpr = gl.num_warps()
+    half: gl.constexpr = q.dtype.element_ty
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BN, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    tile, bg = gl.program_id(0), gl.program_id(1).to(gl.int64)
+    batch, head = bg // g, bg % g
+    query_tile = gl.allocate_shared_memory(half, [ROWS, D], SHARED)
+    key_ring = gl.allocate_shared_memory(half, [STAGES, BN, D], SHARED)
+    value_ring = gl.allocate_shared_memory(half, [STAGES, BN, D], SHARED)
+
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
+    width = gl.arange(0, D, gl.SliceLayout(0, LOAD))
+    query, member = tile * BQ + rows // GP, rows % GP
+    exists = (query < s) & (member < G)
+    where = q + batch * qb + query.to(gl.int64) * qs + (head * G + member) * qh
+    async_copy.async_copy_global_to_shared(query_tile, where[:, None] + width[None, :], mask=exists[:, None])
+
+    visible_until += bg * (S + t)
+    columns, num_plain = _columns(
+        tile, alive + bg * num_chunks * K, visible_until, document_start + batch * s, s, t - s, window,
+        K, KP, CHUNK, BQ, BN, WARPS,
+    )  # fmt: skip
+    num_tiles = (columns[2] + columns[5] + BN) // BN
+    keys = (k + batch * kb + head * kg, ks, carry_k + batch * cb + head * cg, cs, S)
+    values = (v + batch * vb + head * vg, vs, carry_v + batch * cb + head * cg, cs, S)
+    tables, buffers = (columns, keys, values, S + t - s), (key_ring, value_ring)
+
+    rank = gl.arange(0, BN, gl.SliceLayout(1, LOAD)) - columns[2]
+    first = _fetch_listed(rank, columns)
+    fetched = _fetch(0, (0, 0), (first, first), tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, True)
+    until = gl.load(visible_until + fetched[1])
+    following = fetched[1]
+    for j in gl.static_range(1, STAGES):
+        fetched = _fetch(j, (j, j - 1), fetched, tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, False)
+        if j == 1:
+            following = fetched[1]
+    following_until = gl.load(visible_until + following, mask=num_plain <= 1, other=0)
+    mine = tile * BQ + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS)) // GP
+    async_copy.wait_group(STAGES - 1)
+    fence_async_shared()
+    none = gl.zeros([ROWS, BN], gl.float32, LOGITS)
+    logits = warpgroup_mma(query_tile, key_ring.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    logits = _mask(warpgroup_mma_wait(0, deps=(logits,)), 0, until, mine, columns, BN)
+    largest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS))
+    weights, largest, total, _ = _softmax(logits, scale, largest, gl.zeros_like(largest))
+    if BN > 64:
+        weights = weights.to(half)
+    slots, until = (0, 1), following_until
+    state = (largest, total, weights, gl.zeros([ROWS, D], gl.float32, OUT))
+    for j in range(1, num_plain):
+        slots, state, fetched, until = _step(
+            j, slots, state, fetched, until, query_tile, mine, scale, tables, buffers, visible_until, num_plain,
+            num_tiles, BN, STAGES, False, HAS_CARRY, OFFSET, FENCE,
+        )  # fmt: skip
+    for j in range(gl.maximum(num_plain, 1), num_tiles):
+        slots, state, fetched, until = _step(
+            j, slots, state, fetched, until, query_tile, mine, scale, tables, buffers, visible_until, num_plain,
+            num_tiles, BN, STAGES, True, HAS_CARRY, OFFSET, FENCE,
+        )  # fmt: skip
+    largest, total, weights, acc = state
+    async_copy.wait_group(0)
+    fence_async_shared()
+    weights = gl.convert_layout(weights.to(half), gl.DotOperandLayout(0, OUT, 2))
+    acc = warpgroup_mma(weights, value_ring.index(slots[0]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+
+    total = gl.where(total > 0, total, 1.0)
+    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
+    query_tile.store(acc.to(half))
+    place = ((batch * s + query) * g * G + head * G + member) * D
+    gl.store(out + place[:, None] + width[None, :], query_tile.load(LOAD), mask=exists[:, None])
+    member = gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS)) % GP
+    gl.store(
+        lse + (batch * g * G + head * G + member) * s + mine, largest + gl.log2(total), mask=(mine < s) & (member < G)
+    )
