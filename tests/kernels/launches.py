@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from sparsek_kernels.gpu import attention, layout, score_gradient
+from sparsek_kernels.gpu import hopper as hopper_kernels
 from sparsek_kernels.gpu.call import new_call
 from sparsek_kernels.gpu.tiles import tiles_for
 from tests.kernels.compile_only import _usage
@@ -73,9 +74,9 @@ def record(
             recorders = {name: Recorder(kernel, log) for name, kernel in kernels.items()}
             patches.enter_context(mock.patch.multiple(module, **recorders))
         if hopper:
-            special = Recorder(attention.kernel_for_hopper(), log)
-            changed = {"hopper_forward_applies": lambda call: True, "kernel_for_hopper": lambda: special}
-            patches.enter_context(mock.patch.multiple(attention, **changed))
+            special = Recorder(hopper_kernels.kernel_for_hopper(), log)
+            patches.enter_context(mock.patch.object(attention, "hopper_forward_applies", lambda call: True))
+            patches.enter_context(mock.patch.object(hopper_kernels, "kernel_for_hopper", lambda: special))
         call = new_call(
             query, key, key, empty(1, t, g, like=precise), (pairs, pairs, empty(1, g, s_carry, like=precise)),
             (empty(1, g, n, like=precise), entries, entries, empty(1, g, chunks, k, like=torch.int32)),

@@ -29,7 +29,7 @@ CASES = [
     Case("hopper_heads", s=600, num_selected=140, window=70, b=1, h=32, g=8, d=128),
     *(
         Case(f"hopper_group_{group}", s=450, num_selected=70, window=65, h=2 * group, g=2, d=d, documents="random")
-        for group, d in [(1, 64), (2, 128), (4, 64), (5, 128), (8, 64), (16, 128), (128, 64)]
+        for group, d in [(1, 64), (2, 128), (4, 64), (5, 128), (8, 64), (16, 128), (64, 64), (64, 128)]
     ),
 ]
 

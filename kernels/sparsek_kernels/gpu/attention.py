@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from sparsek_kernels.gpu.backward_key import grad_selected_kernel, grad_window_k
 from sparsek_kernels.gpu.backward_query import grad_query_kernel
 from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.forward import forward_kernel
+from sparsek_kernels.gpu.hopper import forward_on_hopper, hopper_forward_applies
 from sparsek_kernels.gpu.layout import Layout, rows_of_selected
 from sparsek_kernels.gpu.score_gradient import score_gradient
-from sparsek_kernels.gpu.tiles import HOPPER_FORWARD, Tile
 
 ROWS_AT_ONCE = 16
 """Partial rows of a pair that are added in one step; a power of two."""
@@ -29,73 +28,16 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out = torch.empty(b, s, h, d, dtype=call.query.dtype, device=call.query.device)
     lse = torch.empty(b, h, s, dtype=call.accumulate, device=call.query.device)
     if hopper_forward_applies(call):
-        _forward_hopper(call, out, lse)
+        forward_on_hopper(call, out, lse)
         return out, lse
     gate = "none" if call.gate == "straight_through" else call.gate
     # Without gates no score is read.
     scores = call.tau if gate == "none" else call.scores
     constants = call.constants(call.tiles.forward)
     forward_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
-        *_tables(call, gate, scores), out, lse, *_numbers(call), GATE=gate, **_query_constants(call), **constants
+        *call.query_tables(gate, scores), out, lse, *call.numbers(), GATE=gate, **call.query_constants(), **constants
     )
     return out, lse
-
-
-def hopper_forward_applies(call: Call) -> bool:
-    """Whether the forward written for Hopper computes this call.
-
-    Its matrix products exist on capability 9.x only, in half precision, and its tiles were made for d of 64 and 128
-    without gates (`straight_through` has none in the forward); more than 128 query heads per KV head do not fit its
-    rows, nor 2^15 selected pairs the number that counts them. Its copies move 16 bytes at a time: every row must begin
-    at a multiple of them, as the compiler finds it if strides are multiples of 16. Triton must have Gluon.
-    """
-    _, _, h, d, _, g, _ = call.sizes
-    tensors = (call.query, call.key, call.value, *((call.carry_key, call.carry_value) if call.has_carry else ()))
-    return (
-        call.query.is_cuda
-        and torch.cuda.get_device_capability(call.query.device)[0] == 9
-        and call.gate in ("none", "straight_through")
-        and all(x.dtype == call.query.dtype and x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
-        and d in (64, 128)
-        and h // g <= HOPPER_FORWARD.rows
-        and call.alive.shape[-1] < 1 << 15
-        and all(x.data_ptr() % 16 == 0 and all(i % 16 == 0 for i in x.stride()[:3]) for x in tensors)
-        and kernel_for_hopper() is not None
-    )
-
-
-@functools.cache
-def kernel_for_hopper() -> Any:
-    """The kernel, or None where Triton lacks what it is written in."""
-    try:
-        from sparsek_kernels.gpu.forward_hopper import forward_hopper_kernel
-    except ImportError:
-        return None
-    return forward_hopper_kernel
-
-
-def _forward_hopper(call: Call, out: Tensor, lse: Tensor) -> None:
-    constants = hopper_constants(call)
-    grid = (triton.cdiv(call.query.shape[1], constants["BQ"]), out.shape[0] * call.key.shape[2])
-    kernel_for_hopper()[grid](*_tables(call, "none", call.tau), out, lse, *_numbers(call), **constants)
-
-
-def hopper_constants(call: Call, tile: Tile = HOPPER_FORWARD) -> dict[str, Any]:
-    """The constexpr arguments and launch options of the forward written for Hopper."""
-    from triton.experimental.gluon import language as gl
-
-    _, _, _, d, t, _, support = call.sizes
-    shared = call.constants(tile)
-    # Rows are 32-bit offsets into those of one (b, g) unless there are too many.
-    furthest = (support + t) * max(call.key.stride(1), call.value.stride(1), call.carry_key.stride(2))
-    return {
-        **{name: shared[name] for name in ("G", "GP", "BQ", "BN", "num_warps")},
-        **_query_constants(call),
-        "D": d,
-        "STAGES": tile.stages,
-        "OFFSET": gl.int32 if furthest < 1 << 31 else gl.int64,
-        "FENCE": True,
-    }
 
 
 def backward(
@@ -109,8 +51,9 @@ def backward(
     grad_query = torch.empty(b, s, h, d, dtype=call.query.dtype, device=lse.device)
     constants = call.constants(call.tiles.grad_query)
     grad_query_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
-        *_tables(call, gate, call.scores), out, grad_out, lse, delta, grad_sums, grad_query, *_numbers(call), GATE=gate,
-        STRAIGHT=call.gate == "straight_through", BG=call.tiles.gated_columns, **_query_constants(call), **constants,
+        *call.query_tables(gate, call.scores), out, grad_out, lse, delta, grad_sums, grad_query, *call.numbers(),
+        GATE=gate, STRAIGHT=call.gate == "straight_through", BG=call.tiles.gated_columns,
+        **call.query_constants(), **constants,
     )  # fmt: skip
     layout = rows_of_selected(
         call.visible_until, num_selected=call.alive.shape[-1], support=support, window=call.window,
@@ -181,22 +124,3 @@ def _grad_selected(
         layout.num_rows, g, heads[0], num_blocks, K=k, CHUNK=call.tiles.chunk, SPAN=span, GATE=gate,
         HAS_CARRY=call.has_carry, **constants,
     )  # fmt: skip
-
-
-def _tables(call: Call, gate: str, scores: Tensor) -> tuple[Tensor, ...]:
-    """The first arguments of the query-major kernels."""
-    return (
-        call.query, call.key, call.value, call.carry_key, call.carry_value, scores, call.tau, call.visible_until,
-        call.gated_from(gate), call.alive, call.document_start,
-    )  # fmt: skip
-
-
-def _numbers(call: Call) -> tuple[int | float, ...]:
-    """And their last ones before the constants."""
-    _, s, _, _, t, g, support = call.sizes
-    return (*call.strides(), s, t, support, call.window, call.scale2, call.alive.shape[2], g)
-
-
-def _query_constants(call: Call) -> dict[str, int | bool]:
-    k = call.alive.shape[-1]
-    return {"K": k, "KP": triton.next_power_of_2(max(k, 1)), "CHUNK": call.tiles.chunk, "HAS_CARRY": call.has_carry}

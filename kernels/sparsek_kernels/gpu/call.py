@@ -97,6 +97,23 @@ class Call:
     def has_carry(self) -> bool:
         return self.carry_key.shape[2] > 0
 
+    def query_tables(self, gate: str, scores: Tensor) -> tuple[Tensor, ...]:
+        """The first arguments of the query-major kernels."""
+        return (
+            self.query, self.key, self.value, self.carry_key, self.carry_value, scores, self.tau, self.visible_until,
+            self.gated_from(gate), self.alive, self.document_start,
+        )  # fmt: skip
+
+    def numbers(self) -> tuple[int | float, ...]:
+        """And their last ones before the constants."""
+        _, s, _, _, t, g, support = self.sizes
+        return (*self.strides(), s, t, support, self.window, self.scale2, self.alive.shape[2], g)
+
+    def query_constants(self) -> dict[str, int | bool]:
+        """And the constants that say which pairs they list."""
+        k = self.alive.shape[-1]
+        return {"K": k, "KP": triton.next_power_of_2(max(k, 1)), "CHUNK": self.tiles.chunk, "HAS_CARRY": self.has_carry}
+
 
 def new_call(
     query: Tensor, key: Tensor, value: Tensor, scores: Tensor, carry: tuple[Tensor, Tensor, Tensor],

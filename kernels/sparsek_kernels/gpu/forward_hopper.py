@@ -1,13 +1,9 @@
 """Forward for Hopper, in Gluon: the two matrix products of neighbouring tiles run while the softmax does.
 
-The columns are those of columns.py, in one list: the middle, the listed pairs (plain ones first), the rest of the
-window. A column's rank is its place in that list, counted from the first listed pair; those of the middle are negative.
-Tiles of the list up to the last plain pair need no mask. While tile j is weighed, its predecessor's values are summed:
+The columns are those of hopper_columns.py. While tile j is weighed, its predecessor's values are summed:
 
     wait for keys j, values j - 1  ->  start Q K_j, P_{j-1} V_{j-1}  ->  fetch keys j + ahead, values j + ahead - 1
     ->  wait for Q K_j  ->  softmax: P_j  ->  wait for P_{j-1} V_{j-1}  ->  rescale the output
-
-Rows are fetched by asynchronous copies, so that gathered and neighbouring ones cost the same.
 """
 
 # Device functions take pointers and numbers, to which Triton gives no Python type.
@@ -16,81 +12,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from sparsek_kernels.gpu.tiles import ANYWHERE
+from sparsek_kernels.gpu.hopper_columns import column_list, entry_of, fetch_listed, mask_logits, start_rows
 
-BEFORE_ALL = gl.constexpr(ANYWHERE)
-AFTER_ALL = gl.constexpr(-ANYWHERE)
 LOWEST = gl.constexpr(-1e30)
 """Where running maxima begin: finite, because inf - inf is NaN."""
-
-
-@gluon.jit
-def _start(document_start, query):
-    """Where a query's document begins, in 32 bits."""
-    return gl.maximum(gl.load(document_start + query), BEFORE_ALL).to(gl.int32)
-
-
-@gluon.jit
-def _columns(
-    tile, alive, visible_until, document_start, s, halo, window,
-    K: gl.constexpr, KP: gl.constexpr, CHUNK: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """The list of columns: (its listed pairs, how many, how many columns in the middle, the first position of the
-    window, the tile's first query, the last rank), and how many of its tiles need no mask. As `tile_columns`."""
-    chunk = tile * BQ // CHUNK
-    low, high = tile * BQ, gl.minimum(tile * BQ + BQ, s)
-    alive += chunk.to(gl.int64) * K
-    oldest = gl.maximum(gl.maximum(chunk * CHUNK - window + 1, -halo), _start(document_start, low))
-    oldest = gl.minimum(oldest, low + 1)
-    middle = gl.maximum(gl.maximum(oldest, high - window), _start(document_start, high - 1))
-    num_middle = gl.maximum(low + 1 - middle, 0) // BN * BN
-    count, plain = 0, 0
-    if K > 0:
-        ranks = gl.arange(0, KP, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        listed = gl.load(alive + ranks, mask=ranks < K, other=-1)
-        exists = listed >= 0
-        seen = exists & (gl.load(visible_until + listed, mask=exists, other=0) >= high)
-        # Both numbers at once: at most 2^15 columns fit a chunk's list.
-        both = gl.sum(exists.to(gl.int32) + (seen.to(gl.int32) << 16), 0)
-        count, plain = both & 0xFFFF, both >> 16
-    last = count + high - oldest - num_middle - 1
-    return (alive, count, num_middle, oldest, low, last), num_middle // BN + plain // BN
-
-
-@gluon.jit
-def _fetch_listed(rank, columns):
-    """Entries [BN] of the columns that are listed pairs."""
-    alive, count, _, _, _, last = columns
-    rank = gl.minimum(rank, last)
-    return gl.load(alive + rank, mask=(rank >= 0) & (rank < count), other=0)
-
-
-@gluon.jit
-def _position(rank, columns):
-    """Position [BN] of the columns that are no listed pairs."""
-    _, count, num_middle, oldest, low, _ = columns
-    recent = oldest - count + rank
-    recent = gl.where(recent > low - num_middle, recent + num_middle, recent)
-    return gl.where(rank < 0, low + 1 + rank, recent)
-
-
-@gluon.jit
-def _entry(rank, listed, columns, origin):
-    """Entry [BN] of every column; behind the last one, the last one's. `origin`: entry of the key at position 0."""
-    rank = gl.minimum(rank, columns[5])
-    return gl.where((rank >= 0) & (rank < columns[1]), listed, _position(rank, columns) + origin)
-
-
-@gluon.jit
-def _start_rows(buffer, rows, entry, exists, D: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr):
-    """Starts to copy the rows [BN, D] of some entries into shared memory; nothing is read unless they exist."""
-    stream, stride, carried, carried_stride, S = rows
-    width = gl.arange(0, D, gl.SliceLayout(0, entry.type.layout.parent))
-    where = (stream + width)[None, :] + ((entry - S).to(OFFSET) * stride)[:, None]
-    if HAS_CARRY:
-        before = (carried + width)[None, :] + (entry.to(OFFSET) * carried_stride)[:, None]
-        where = gl.where((entry < S)[:, None], before, where)
-    async_copy.async_copy_global_to_shared(buffer, where, mask=exists)
 
 
 @gluon.jit
@@ -100,18 +25,6 @@ def _softmax(logits, scale, largest, total):
     weights = gl.exp2(logits * scale - new[:, None])
     shrink = gl.exp2(largest - new)
     return weights, new, total * shrink + gl.sum(weights, 1), shrink
-
-
-@gluon.jit
-def _mask(logits, j, until, queries, columns, BN: gl.constexpr):
-    """Logits of the pairs that are visible, -inf elsewhere."""
-    over: gl.constexpr = gl.SliceLayout(0, logits.type.layout)
-    rank = gl.arange(0, BN, over) + (j * BN - columns[2])
-    since = gl.where((rank >= 0) & (rank < columns[1]), BEFORE_ALL, _position(rank, columns))
-    since = gl.where(rank > columns[5], AFTER_ALL, since)
-    until = gl.convert_layout(until, over)
-    visible = (since[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
-    return gl.where(visible, logits, float("-inf"))
 
 
 @gluon.jit
@@ -129,19 +42,18 @@ def _fetch(
     columns, keys, values, origin = tables
     D: gl.constexpr = buffers[0].shape[2]
     rank = gl.arange(0, BN, listed.type.layout) + (j * BN - columns[2])
-    entry = _entry(rank, listed, columns, origin)
-    _start_rows(buffers[0].index(slots[0]), keys, entry, j < num_tiles, D, HAS_CARRY, OFFSET)
+    entry = entry_of(rank, listed, columns, origin)
+    start_rows(buffers[0].index(slots[0]), keys, entry, j < num_tiles, D, HAS_CARRY, OFFSET)
     if not FIRST:
-        _start_rows(buffers[1].index(slots[1]), values, before, j - 1 < num_tiles, D, HAS_CARRY, OFFSET)
+        start_rows(buffers[1].index(slots[1]), values, before, j - 1 < num_tiles, D, HAS_CARRY, OFFSET)
     async_copy.commit_group()
-    return _fetch_listed(rank + BN, columns), entry
+    return fetch_listed(rank + BN, columns), entry
 
 
 @gluon.jit
 def _step(
     j, slots, state, fetched, until, query_tile, queries, scale, tables, buffers, visible_until, num_plain, num_tiles,
     BN: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr,
-    FENCE: gl.constexpr,
 ):  # fmt: skip
     """Weighs tile j while the values of tile j - 1 are summed.
 
@@ -152,8 +64,8 @@ def _step(
     last, own = slots
     other = last if STAGES == 2 else 3 - last - own
     async_copy.wait_group(STAGES - 2)
-    if FENCE:
-        fence_async_shared()
+    # What copies wrote, matrix products read by another path: 2.5 % of the time.
+    fence_async_shared()
     none = gl.full([out.shape[0], BN], 0.0, gl.float32, queries.type.layout.parent)
     logits = warpgroup_mma(query_tile, buffers[0].index(own).permute((1, 0)), none, use_acc=False, is_async=True)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, out.type.layout, 2)
@@ -167,7 +79,7 @@ def _step(
     following_until = gl.load(visible_until + following, mask=j + 1 >= num_plain, other=0)
     logits = warpgroup_mma_wait(1, deps=(logits,))
     if MASK:
-        logits = _mask(logits, j, until, queries, tables[0], BN)
+        logits = mask_logits(logits, j, until, queries, tables[0], BN)
     weights, largest, total, shrink = _softmax(logits, scale, largest, total)
     if BN > 64:
         weights = weights.to(buffers[1].dtype)
@@ -182,9 +94,9 @@ def forward_hopper_kernel(
     qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks, g,
     K: gl.constexpr, KP: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr,
     BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
-    OFFSET: gl.constexpr, FENCE: gl.constexpr,
+    OFFSET: gl.constexpr,
 ):  # fmt: skip
-    """As `forward_kernel` with GATE = none, for BQ * GP = 128 rows and 8 warps."""
+    """As `forward_kernel` with GATE = none, for BQ * GP rows, 16 to a warp."""
     ROWS: gl.constexpr = BQ * GP
     WARPS: gl.constexpr = gl.num_warps()
     half: gl.constexpr = q.dtype.element_ty
@@ -206,7 +118,7 @@ def forward_hopper_kernel(
     async_copy.async_copy_global_to_shared(query_tile, where[:, None] + width[None, :], mask=exists[:, None])
 
     visible_until += bg * (S + t)
-    columns, num_plain = _columns(
+    columns, num_plain = column_list(
         tile, alive + bg * num_chunks * K, visible_until, document_start + batch * s, s, t - s, window,
         K, KP, CHUNK, BQ, BN, WARPS,
     )  # fmt: skip
@@ -216,7 +128,7 @@ def forward_hopper_kernel(
     tables, buffers = (columns, keys, values, S + t - s), (key_ring, value_ring)
 
     rank = gl.arange(0, BN, gl.SliceLayout(1, LOAD)) - columns[2]
-    first = _fetch_listed(rank, columns)
+    first = fetch_listed(rank, columns)
     fetched = _fetch(0, (0, 0), (first, first), tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, True)
     until = gl.load(visible_until + fetched[1])
     following = fetched[1]
@@ -230,7 +142,7 @@ def forward_hopper_kernel(
     fence_async_shared()
     none = gl.zeros([ROWS, BN], gl.float32, LOGITS)
     logits = warpgroup_mma(query_tile, key_ring.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    logits = _mask(warpgroup_mma_wait(0, deps=(logits,)), 0, until, mine, columns, BN)
+    logits = mask_logits(warpgroup_mma_wait(0, deps=(logits,)), 0, until, mine, columns, BN)
     largest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS))
     weights, largest, total, _ = _softmax(logits, scale, largest, gl.zeros_like(largest))
     if BN > 64:
@@ -240,12 +152,12 @@ def forward_hopper_kernel(
     for j in range(1, num_plain):
         slots, state, fetched, until = _step(
             j, slots, state, fetched, until, query_tile, mine, scale, tables, buffers, visible_until, num_plain,
-            num_tiles, BN, STAGES, False, HAS_CARRY, OFFSET, FENCE,
+            num_tiles, BN, STAGES, False, HAS_CARRY, OFFSET,
         )  # fmt: skip
     for j in range(gl.maximum(num_plain, 1), num_tiles):
         slots, state, fetched, until = _step(
             j, slots, state, fetched, until, query_tile, mine, scale, tables, buffers, visible_until, num_plain,
-            num_tiles, BN, STAGES, True, HAS_CARRY, OFFSET, FENCE,
+            num_tiles, BN, STAGES, True, HAS_CARRY, OFFSET,
         )  # fmt: skip
     largest, total, weights, acc = state
     async_copy.wait_group(0)

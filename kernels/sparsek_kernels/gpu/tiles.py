@@ -47,7 +47,3 @@ def tiles_for(head_dim: int, group_size: int, element_size: int) -> Tiles:
         wide = Tile(128, 64, 8, 3)
         return Tiles(128, 1024, wide, Tile(128, 64, 8, 2), 32, Tile(32, 64, 4, 2), Tile(32, 64, 4, 3))
     return Tiles(128, 1024, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
-
-
-HOPPER_FORWARD = Tile(128, 64, 8, 3)
-"""Of the forward written for Hopper; its rows are fixed."""
