@@ -270,7 +270,7 @@ def test_the_selected_are_those_of_a_heap(pattern: str) -> None:
 ARGUMENTS = {
     "i32": "length middle levels span size level steps first_row heads s carried carry_steps halo num_selected window "
     "support chunk_size",
-    "*i32": "zeros order ranks theta sigma alive ids next_ids scratch counts num_fractional support_size visible_until "
+    "*i32": "ends order ranks theta sigma alive ids next_ids scratch counts num_fractional support_size visible_until "
     "fractional_from fractional_until",
     "*i64": "document_start carry_positions carry_order index",
     "*fp32": "ranked tau tau_out selected_mass scores carry_scores latest_first",

@@ -11,11 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _into_better(zeros, at, node, segment):
+def _into_better(ends, at, node):
     """Where `at`, in a node of one level, comes to lie in the node's better half on the next."""
-    counted = tl.load(zeros + at - 1, mask=at > segment, other=0)
-    # In the segment's earlier nodes, which are full, exactly half of the entries is counted.
-    return node + counted - (node - segment) // 2
+    return tl.load(ends + at - 1, mask=at > node, other=node)
 
 
 @triton.jit
@@ -31,25 +29,26 @@ def quantile(tree, low, high, nth, TILE: tl.constexpr, SUM: tl.constexpr):
 
     0 <= nth < high - low, or the way down leads out of the table.
     """
-    zeros, sums, _ranked, length, levels, span = tree
+    ends, sums, _ranked, length, levels, span = tree
     node = tl.zeros_like(low)
     total = low.to(tl.float64) * 0
     size = span
-    for level in range(levels):
-        half = size // 2
-        segment = node & -tl.maximum(size, TILE)
-        better_low = _into_better(zeros + level * length, low, node, segment)
-        better_high = _into_better(zeros + level * length, high, node, segment)
+    for _ in range(levels):
+        half = size >> 1
+        better_low = _into_better(ends, low, node)
+        better_high = _into_better(ends, high, node)
         num_better = better_high - better_low
         worse = nth >= num_better
         if SUM:
             inner = node & -tl.maximum(half, TILE)
-            total += _sum_of(sums + level * length, better_low, better_high, inner, worse)
+            total += _sum_of(sums, better_low, better_high, inner, worse)
         low = tl.where(worse, low + half + node - better_low, better_low)
         high = tl.where(worse, high + half + node - better_high, better_high)
         nth = tl.where(worse, nth - num_better, nth)
         node = tl.where(worse, node + half, node)
         size = half
+        ends += length
+        sums += length
     return node, total
 
 
@@ -59,28 +58,29 @@ def count_above(tree, low, high, bound, shifted, centre, TILE: tl.constexpr):
 
     Scores are compared after `centre` is taken off them, in the dtype of `bound`.
     """
-    zeros, sums, ranked, length, levels, span = tree
+    ends, sums, ranked, length, levels, span = tree
     node = tl.zeros_like(low)
     count = tl.zeros_like(low)
     total = low.to(tl.float64) * 0
     size = span
-    for level in range(levels):
-        half = size // 2
-        segment = node & -tl.maximum(size, TILE)
-        better_low = _into_better(zeros + level * length, low, node, segment)
-        better_high = _into_better(zeros + level * length, high, node, segment)
+    for _ in range(levels):
+        half = size >> 1
+        better_low = _into_better(ends, low, node)
+        better_high = _into_better(ends, high, node)
         # If the worst entry of the better half is above the bound, all of that half is.
         pivot = node + half - 1
         exists = pivot < length
         score = tl.load(ranked + pivot, mask=exists, other=float("-inf")).to(bound.dtype) - centre
         worse = exists & tl.where(shifted, score - 1 >= bound, score > bound)
         inner = node & -tl.maximum(half, TILE)
-        total += _sum_of(sums + level * length, better_low, better_high, inner, worse)
+        total += _sum_of(sums, better_low, better_high, inner, worse)
         count += tl.where(worse, better_high - better_low, 0)
         low = tl.where(worse, low + half + node - better_low, better_low)
         high = tl.where(worse, high + half + node - better_high, better_high)
         node = tl.where(worse, node + half, node)
         size = half
+        ends += length
+        sums += length
     return count, total
 
 

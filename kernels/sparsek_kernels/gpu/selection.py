@@ -120,7 +120,7 @@ class _Rows:
     @property
     def tables(self) -> tuple[Tensor | int, ...]:
         tree = self.tree
-        return tree.zeros, tree.sums, tree.ranked, tree.ranks.shape[1], tree.levels, 1 << tree.levels
+        return tree.ends, tree.sums, tree.ranked, tree.ranks.shape[1], tree.levels, 1 << tree.levels
 
     def grid(self, length: int, programs: int = 1) -> tuple[int, int]:
         return programs * triton.cdiv(length, BLOCK), self.tree.ranks.shape[0]
@@ -231,7 +231,7 @@ def interval_kernel(
 
 @triton.jit
 def alive_kernel(
-    zeros, sums, ranked, length, levels, span, order,
+    ends, sums, ranked, length, levels, span, order,
     document_start, carry_positions, carry_order, alive,
     first_row, heads, s, carried, carry_steps, halo, num_selected, window, chunk_size,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -245,8 +245,8 @@ def alive_kernel(
     start = tl.load(document_start + (first_row + row) // heads * s + query)
     low, high = candidate_range(query, start, carry_positions + row * carried, carried, carry_steps, halo, window)
     exists = nth < tl.minimum(num_selected, high - low)
-    zeros, sums = zeros + row * levels * length, sums + row * levels * length
-    tree = (zeros, sums, ranked, length, levels, span)
+    ends, sums = ends + row * levels * length, sums + row * levels * length
+    tree = (ends, sums, ranked, length, levels, span)
     # Lanes of nobody look at the first entry of the stream, so that their way stays inside the table.
     low, high = tl.where(exists, low, carried), tl.where(exists, high, carried + 1)
     rank, _ = quantile(tree, low, high, tl.where(exists, nth, 0), TILE, False)

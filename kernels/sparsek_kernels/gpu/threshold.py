@@ -93,7 +93,7 @@ def _kth_and_limit(tree, low, high, num_selected, support, centre, TILE: tl.cons
 
 @triton.jit
 def select_kernel(
-    zeros, sums, ranked, length, levels, span, centre,
+    ends, sums, ranked, length, levels, span, centre,
     document_start, carry_positions, tau_out, num_fractional, support_size, selected_mass, theta, sigma,
     first_row, heads, s, carried, carry_steps, halo, num_selected, window, support,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -109,9 +109,9 @@ def select_kernel(
     exists = available > 0
     # Queries without candidates look at the first entry of the stream, and then ignore it.
     low, high = tl.where(exists, low, carried), tl.where(exists, high, carried + 1)
-    zeros, sums = zeros + row * levels * length, sums + row * levels * length
+    ends, sums = ends + row * levels * length, sums + row * levels * length
     ranked = ranked + row * length
-    tree = (zeros, sums, ranked, length, levels, span)
+    tree = (ends, sums, ranked, length, levels, span)
     middle = tl.load(centre + row)
     dtype: tl.constexpr = ranked.dtype.element_ty
 
