@@ -300,7 +300,7 @@ def test_kernels_compile_without_spilling(kernel: object, most_registers: int, a
     }
     warps = 8 if kernel is wavelet.descend_kernel else 4
     resources = compile_kernel(kernel, SIGNATURE, constexprs, arch=arch, num_warps=warps)
-    # Eight bytes of stack are what the selection takes on the older architecture.
-    assert resources.spills <= (8 if arch == 80 else 0)
+    # Sixteen bytes of stack are what the selection takes on the older architecture, outside its loops.
+    assert resources.spills <= (16 if arch == 80 else 0)
     assert resources.registers <= most_registers, resources
     assert resources.shared <= 8192
