@@ -253,6 +253,15 @@ def test_rows_one_by_one_give_what_rows_together_give(blocks: pytest.MonkeyPatch
         assert torch.equal(field, getattr(together, name)), name
 
 
+@pytest.mark.parametrize("sparse", [0, 16, 1 << 20], ids=["in_the_tree", "as_it_comes", "by_rank"])
+@pytest.mark.parametrize("part", [4, 1024])
+def test_lists_made_in_parts_and_either_way(sparse: int, part: int, blocks: pytest.MonkeyPatch) -> None:
+    blocks.setattr(gpu, "BLOCK", 64)
+    blocks.setattr(gpu, "SPARSE", sparse)
+    blocks.setattr(gpu, "PART", part)
+    assert_equal(shard_problem(9, "ties", torch.float32, 1, 150, 11, 5, 23))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_scores_that_are_not_finite_do_not_hang(value: float) -> None:
     problem = random_problem(2, "random", torch.float32, 1, 1, 30, 4, 3, 9)
@@ -281,12 +290,13 @@ def test_the_selected_are_those_of_a_heap(pattern: str) -> None:
 ARGUMENTS = {
     "i32": "length middle levels span size level steps first_row heads s carried carry_steps halo num_selected window "
     "support chunk_size",
-    "*i32": "zeros order ranks theta sigma alive ids next_ids scratch counts num_fractional support_size visible_until "
+    "*i32": "ends order ranks theta sigma alive ids next_ids scratch counts num_fractional support_size visible_until "
     "fractional_from fractional_until",
     "*i64": "document_start carry_positions carry_order index",
     "*fp32": "ranked tau tau_out selected_mass scores carry_scores latest_first",
     "*fp64": "sums centre totals",
 }
+CONSTEXPRS = {"TILE": 512, "BLOCK": 128, "BITS": 3, "PART": 1024, "SPARSE": 16}
 SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 
 
@@ -296,7 +306,7 @@ SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.s
     [
         (select_kernel, 80),
         (gpu.interval_kernel, 40),
-        (gpu.alive_kernel, 40),
+        (gpu.alive_kernel, 64),
         (gpu.table_kernel, 32),
         (wavelet.rank_entries_kernel, 32),
         (wavelet.total_tiles_kernel, 64),
@@ -306,12 +316,10 @@ SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.s
     ids=lambda value: getattr(value, "__name__", None) or getattr(getattr(value, "fn", None), "__name__", ""),
 )
 def test_kernels_compile_without_spilling(kernel: object, most_registers: int, arch: int) -> None:
-    constexprs = {
-        name: value for name, value in {"TILE": 512, "BLOCK": 128, "BITS": 3}.items() if name in kernel.arg_names
-    }
-    warps = 8 if kernel is wavelet.descend_kernel else 4
+    constexprs = {name: value for name, value in CONSTEXPRS.items() if name in kernel.arg_names}
+    warps = {"descend_kernel": 8, "alive_kernel": 1}.get(kernel.__name__, 4)
     resources = compile_kernel(kernel, SIGNATURE, constexprs, arch=arch, num_warps=warps)
-    # Eight bytes of stack are what the selection takes on the older architecture.
-    assert resources.spills <= (8 if arch == 80 else 0)
+    # Sixteen bytes of stack are what the selection takes on the older architecture, outside its loops.
+    assert resources.spills <= (16 if arch == 80 else 0)
     assert resources.registers <= most_registers, resources
     assert resources.shared <= 8192

@@ -11,11 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _into_better(zeros, at, node, segment):
+def _into_better(ends, at, node):
     """Where `at`, in a node of one level, comes to lie in the node's better half on the next."""
-    counted = tl.load(zeros + at - 1, mask=at > segment, other=0)
-    # In the segment's earlier nodes, which are full, exactly half of the entries is counted.
-    return node + counted - (node - segment) // 2
+    return tl.load(ends + at - 1, mask=at > node, other=node)
 
 
 @triton.jit
@@ -31,57 +29,89 @@ def quantile(tree, low, high, nth, TILE: tl.constexpr, SUM: tl.constexpr):
 
     0 <= nth < high - low, or the way down leads out of the table.
     """
-    zeros, sums, _ranked, length, levels, span = tree
+    ends, sums, _ranked, length, levels, span = tree
     node = tl.zeros_like(low)
     total = low.to(tl.float64) * 0
     size = span
-    for level in range(levels):
-        half = size // 2
-        segment = node & -tl.maximum(size, TILE)
-        better_low = _into_better(zeros + level * length, low, node, segment)
-        better_high = _into_better(zeros + level * length, high, node, segment)
+    for _ in range(levels):
+        half = size >> 1
+        better_low = _into_better(ends, low, node)
+        better_high = _into_better(ends, high, node)
         num_better = better_high - better_low
         worse = nth >= num_better
         if SUM:
             inner = node & -tl.maximum(half, TILE)
-            total += _sum_of(sums + level * length, better_low, better_high, inner, worse)
+            total += _sum_of(sums, better_low, better_high, inner, worse)
         low = tl.where(worse, low + half + node - better_low, better_low)
         high = tl.where(worse, high + half + node - better_high, better_high)
         nth = tl.where(worse, nth - num_better, nth)
         node = tl.where(worse, node + half, node)
         size = half
+        ends += length
+        sums += length
     return node, total
 
 
 @triton.jit
-def count_above(tree, low, high, bound, shifted, centre, TILE: tl.constexpr):
-    """Number and sum of the entries u of [low, high) with u > bound, or where `shifted` with u - 1 >= bound.
+def _is_above(score, bound, SHIFTED: tl.constexpr):
+    """u > bound, or u - 1 >= bound, in the dtype of `bound`."""
+    score = score.to(bound.dtype)
+    return score - 1 >= bound if SHIFTED else score > bound
 
-    Scores are compared after `centre` is taken off them, in the dtype of `bound`.
+
+@triton.jit
+def _count_step(tables, length, half, way, bound, TILE: tl.constexpr, SHIFTED: tl.constexpr):
+    """One level further down on the way to a bound; `way` is (low, high, node, count, total)."""
+    ends, sums, ranked = tables
+    low, high, node, count, total = way
+    better_low = _into_better(ends, low, node)
+    better_high = _into_better(ends, high, node)
+    # If the worst entry of the better half is above the bound, all of that half is.
+    pivot = node + half - 1
+    worse = _is_above(tl.load(ranked + pivot, mask=pivot < length, other=float("-inf")), bound, SHIFTED)
+    inner = node & -tl.maximum(half, TILE)
+    total += _sum_of(sums, better_low, better_high, inner, worse)
+    count += tl.where(worse, better_high - better_low, 0)
+    low = tl.where(worse, low + half + node - better_low, better_low)
+    high = tl.where(worse, high + half + node - better_high, better_high)
+    return low, high, tl.where(worse, node + half, node), count, total
+
+
+@triton.jit
+def count_gates(tree, low, high, bound, TILE: tl.constexpr):
+    """Of the entries u of [low, high) with u - 1 >= bound, then of those with u > bound: how many there are, their sum,
+    and how many the whole row has.
+
+    Scores are compared in the dtype of `bound`, which is not -inf. The two ways down the tree go side by side: each
+    step waits for its reads, so two wait together.
     """
-    zeros, sums, ranked, length, levels, span = tree
+    ends, sums, ranked, length, levels, span = tree
     node = tl.zeros_like(low)
-    count = tl.zeros_like(low)
-    total = low.to(tl.float64) * 0
+    ones = (low, high, node, node, low.to(tl.float64) * 0)
+    reached = ones
     size = span
-    for level in range(levels):
-        half = size // 2
-        segment = node & -tl.maximum(size, TILE)
-        better_low = _into_better(zeros + level * length, low, node, segment)
-        better_high = _into_better(zeros + level * length, high, node, segment)
-        # If the worst entry of the better half is above the bound, all of that half is.
-        pivot = node + half - 1
-        exists = pivot < length
-        score = tl.load(ranked + pivot, mask=exists, other=float("-inf")).to(bound.dtype) - centre
-        worse = exists & tl.where(shifted, score - 1 >= bound, score > bound)
-        inner = node & -tl.maximum(half, TILE)
-        total += _sum_of(sums + level * length, better_low, better_high, inner, worse)
-        count += tl.where(worse, better_high - better_low, 0)
-        low = tl.where(worse, low + half + node - better_low, better_low)
-        high = tl.where(worse, high + half + node - better_high, better_high)
-        node = tl.where(worse, node + half, node)
-        size = half
-    return count, total
+    for _ in range(levels):
+        size = size >> 1
+        ones = _count_step((ends, sums, ranked), length, size, ones, bound, TILE, True)
+        reached = _count_step((ends, sums, ranked), length, size, reached, bound, TILE, False)
+        ends += length
+        sums += length
+    return ones[3], ones[4], ones[2], reached[3], reached[4], reached[2]
+
+
+@triton.jit
+def _is_rank(ranked, length, rank, bound, SHIFTED: tl.constexpr):
+    """Whether `rank` scores of the row are above a bound."""
+    last = tl.load(ranked + rank - 1, mask=rank > 0, other=float("inf"))
+    following = tl.load(ranked + rank, mask=rank < length, other=float("-inf"))
+    return _is_above(last, bound, SHIFTED) & (_is_above(following, bound, SHIFTED) == 0)
+
+
+@triton.jit
+def same_gates(tree, ones_rank, reached_rank, bound):
+    """Whether `count_gates` would count the same for this bound, as no score of the row lies in between."""
+    _ends, _sums, ranked, length, _levels, _span = tree
+    return _is_rank(ranked, length, ones_rank, bound, True) & _is_rank(ranked, length, reached_rank, bound, False)
 
 
 @triton.jit
@@ -92,7 +122,7 @@ def candidate_range(query, start, carry_positions, carried, carry_steps, halo, w
     at position -halo. `carry_steps` is bit_length(carried).
     """
     before = start < -halo
-    first = tl.zeros_like(query)
+    first = query * 0
     last = tl.where(before, carried, 0)
     for _ in range(carry_steps):
         middle = (first + last) // 2

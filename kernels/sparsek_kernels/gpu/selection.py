@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsek_kernels.gpu.queries import candidate_range, quantile
+from sparsek_kernels.gpu.alive import PART, SPARSE, alive_kernel
 from sparsek_kernels.gpu.threshold import select_kernel
 from sparsek_kernels.gpu.wavelet import Wavelet, build_wavelet, bytes_per_entry
 from sparsek_kernels.selection import Selection
@@ -121,10 +121,10 @@ class _Rows:
     @property
     def tables(self) -> tuple[Tensor | int, ...]:
         tree = self.tree
-        return tree.zeros, tree.sums, tree.ranked, tree.ranks.shape[1], tree.levels, 1 << tree.levels
+        return tree.ends, tree.sums, tree.ranked, tree.ranks.shape[1], tree.levels, 1 << tree.levels
 
-    def grid(self, length: int, programs: int = 1) -> tuple[int, int]:
-        return programs * triton.cdiv(length, BLOCK), self.tree.ranks.shape[0]
+    def grid(self, length: int) -> tuple[int, int]:
+        return triton.cdiv(length, BLOCK), self.tree.ranks.shape[0]
 
 
 def _find_thresholds(part: _Rows, support: int) -> None:
@@ -148,9 +148,10 @@ def _find_intervals(part: _Rows) -> None:
 
 def _list_alive(part: _Rows, chunk_size: int) -> None:
     alive = part.selection.alive
-    alive_kernel[part.grid(alive.shape[2], alive.shape[1])](
+    parts = triton.cdiv(alive.shape[2], PART)
+    alive_kernel[(parts * alive.shape[1], alive.shape[0])](
         *part.tables, part.tree.order, part.document_start, part.carry_positions, part.carry_order, alive,
-        *part.sizes, chunk_size, TILE=part.tree.tile, BLOCK=BLOCK, num_warps=4,
+        *part.sizes, chunk_size, TILE=part.tree.tile, BLOCK=BLOCK, PART=PART, SPARSE=SPARSE, num_warps=1,
     )  # fmt: skip
 
 
@@ -228,32 +229,3 @@ def interval_kernel(
     tl.store(visible_until + out, until, mask=inside)
     tl.store(fractional_from + out, fraction_from, mask=inside)
     tl.store(fractional_until + out, fraction_until, mask=inside)
-
-
-@triton.jit
-def alive_kernel(
-    zeros, sums, ranked, length, levels, span, order,
-    document_start, carry_positions, carry_order, alive,
-    first_row, heads, s, carried, carry_steps, halo, num_selected, window, chunk_size,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The k best candidates of each chunk's first query, best first, as places in (carry, stream)."""
-    row = tl.program_id(1).to(tl.int64)
-    blocks = tl.cdiv(num_selected, BLOCK)
-    chunk = tl.program_id(0) // blocks
-    nth = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    query = tl.zeros_like(nth) + chunk * chunk_size
-    start = tl.load(document_start + (first_row + row) // heads * s + query)
-    low, high = candidate_range(query, start, carry_positions + row * carried, carried, carry_steps, halo, window)
-    exists = nth < tl.minimum(num_selected, high - low)
-    zeros, sums = zeros + row * levels * length, sums + row * levels * length
-    tree = (zeros, sums, ranked, length, levels, span)
-    # Lanes of nobody look at the first entry of the stream, so that their way stays inside the table.
-    low, high = tl.where(exists, low, carried), tl.where(exists, high, carried + 1)
-    rank, _ = quantile(tree, low, high, tl.where(exists, nth, 0), TILE, False)
-    entry = tl.load(order + row * length + rank, mask=exists, other=0)
-    is_carried = exists & (entry < carried)
-    slot = tl.load(carry_order + row * carried + entry, mask=is_carried, other=0).to(tl.int32)
-    entry = tl.where(is_carried, slot, entry)
-    out = (row * tl.num_programs(0) // blocks + chunk) * num_selected + nth
-    tl.store(alive + out, tl.where(exists, entry, -1), mask=nth < num_selected)

@@ -6,11 +6,11 @@ by the first l bits of their rank and, where those are equal, by position. So th
 span / 2^l consecutive ranks, and the place of every node is known beforehand: the ranks are a permutation. For each
 level we store two running totals, which is all that a query's way down needs (queries.py):
 
-- `zeros`: how many entries so far go on to the better half of their node,
+- `ends`: the node's start plus how many of its entries so far go on to its better half: where these end one level down,
 - `sums`: the sum of the scores so far.
 
-Both start anew at every multiple of max(node, TILE), a *segment*: a tile of a small node needs to know nothing of other
-tiles, and the sums stay short. They are inclusive. (Wavelet trees: Grossi, Gupta and Vitter, SODA 2003.)
+The sums start anew at every multiple of max(node, TILE), a *segment*: a tile of a small node needs to know nothing of
+other tiles, and the sums stay short. Both are inclusive. (Wavelet trees: Grossi, Gupta and Vitter, SODA 2003.)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Wavelet:
     """[rows, length] int32: rank of each entry of the table."""
     centre: Tensor
     """[rows] float64: what is taken off every score before it is summed, to keep sums short."""
-    zeros: Tensor
+    ends: Tensor
     """[rows, levels, length] int32, of levels 0 to levels - 1."""
     sums: Tensor
     """[rows, levels, length] float64, of levels 1 to levels."""
@@ -53,7 +53,7 @@ class Wavelet:
     @property
     def levels(self) -> int:
         """Bits of a rank; 2^levels exceeds the length."""
-        return self.zeros.shape[1]
+        return self.ends.shape[1]
 
 
 def bytes_per_entry(length: int) -> int:
@@ -79,7 +79,7 @@ def build_wavelet(latest_first: Tensor, num_finite: int) -> Wavelet:
         ranked, index, order, ranks, centre, length, num_finite // 2, BLOCK=BLOCK
     )
 
-    zeros = ranks.new_empty(rows, levels, length)
+    ends = ranks.new_empty(rows, levels, length)
     sums = centre.new_empty(rows, levels, length)
     counts, totals = ranks.new_empty(rows, tiles, 1 << MOST_BITS), centre.new_empty(rows, tiles, 1 << MOST_BITS)
     # From this level on a node fits into a tile.
@@ -89,14 +89,14 @@ def build_wavelet(latest_first: Tensor, num_finite: int) -> Wavelet:
         bits, size = min(MOST_BITS, within - level), 1 << (levels - level)
         total_tiles_kernel[(tiles, rows)](ids, ranked, centre, counts, totals, length, size, TILE=TILE, BITS=bits)
         descend_kernel[(tiles, rows)](
-            ids, target, ranked, centre, counts, totals, zeros, sums, length, level, levels, size,
+            ids, target, ranked, centre, counts, totals, ends, sums, length, level, levels, size,
             TILE=TILE, BITS=bits, num_warps=8,
         )  # fmt: skip
         ids, target, spare, level = target, spare, target, level + bits
     descend_within_tiles_kernel[(tiles, rows)](
-        ids, target, ranked, centre, zeros, sums, length, level, levels, TILE=TILE
+        ids, target, ranked, centre, ends, sums, length, level, levels, TILE=TILE
     )
-    return Wavelet(ranked, order, ranks, centre, zeros, sums, TILE)
+    return Wavelet(ranked, order, ranks, centre, ends, sums, TILE)
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def _tiles_before(counts, totals, first_tile, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["level", "size"])
 def descend_kernel(
-    ids, next_ids, ranked, centre, counts, totals, zeros, sums, length, level, levels, size, TILE: tl.constexpr,
+    ids, next_ids, ranked, centre, counts, totals, ends, sums, length, level, levels, size, TILE: tl.constexpr,
     BITS: tl.constexpr,
 ):  # fmt: skip
     """Writes the running totals of BITS levels, and the entries in the order of the level after them.
@@ -188,9 +188,9 @@ def descend_kernel(
         better = to_mine & (((buckets >> (BITS - step - 1)) & 1) == 0)
         num_better = tl.sum(tl.where(better, counted, 0), 0)
         running = tl.sum(tl.where((halves >> (BITS - step - 1)) == mine, summed, 0.0), 0)
-        at = node + (bucket >> (BITS - step)) * (size >> step) + place - 1
-        out = (row * levels + level + step) * length + at
-        tl.store(zeros + out, num_better, mask=inside)
+        start = node + (bucket >> (BITS - step)) * (size >> step)
+        out = (row * levels + level + step) * length + start + place - 1
+        tl.store(ends + out, start + num_better, mask=inside)
         # Nobody needs the sums of level 0: those of level l are kept in place l - 1.
         tl.store(sums + out - length, running, mask=inside & (level + step > 0))
     place = tl.sum(tl.where(buckets == bucket[None, :], counted, 0), 0)
@@ -199,7 +199,7 @@ def descend_kernel(
 
 
 @triton.jit(do_not_specialize=["level"])
-def descend_within_tiles_kernel(ids, scratch, ranked, centre, zeros, sums, length, level, levels, TILE: tl.constexpr):
+def descend_within_tiles_kernel(ids, scratch, ranked, centre, ends, sums, length, level, levels, TILE: tl.constexpr):
     """Writes the running totals of the last levels, from the first whose nodes fit into tiles: a tile each on its own.
 
     Entries change places through `scratch`, between which all threads of the program wait for each other.
@@ -212,13 +212,13 @@ def descend_within_tiles_kernel(ids, scratch, ranked, centre, zeros, sums, lengt
         size = 1 << (levels - depth)
         half = size // 2
         better = inside & ((rank & half) == 0)
-        num_better = tl.cumsum(better.to(tl.int32), 0)
+        node = at & -size
+        # In the tile's earlier nodes, which are full, exactly half of the entries is counted.
+        in_better = node + tl.cumsum(better.to(tl.int32), 0) - (node - segment) // 2
         out = (row * levels + depth) * length + at
         descends = inside & (depth < levels)
-        tl.store(zeros + out, num_better, mask=descends)
+        tl.store(ends + out, in_better, mask=descends)
         tl.store(sums + out - length, tl.cumsum(score, 0), mask=inside & (depth > 0))
-        node = at & -size
-        in_better = node + num_better - (node - segment) // 2
         target = tl.where(better, in_better - 1, half + at + node - in_better)
         tl.store(scratch + target, rank, mask=descends)
         tl.debug_barrier()
