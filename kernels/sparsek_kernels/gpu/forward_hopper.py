@@ -81,11 +81,47 @@ def _step(
     if MASK:
         logits = mask_logits(logits, j, until, queries, tables[0], BN)
     weights, largest, total, shrink = _softmax(logits, scale, largest, total)
-    if BN > 64:
-        weights = weights.to(buffers[1].dtype)
     out = warpgroup_mma_wait(0, deps=(out,))
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
     return (own, other), (largest, total, weights, out), fetched, following_until
+
+
+@gluon.jit
+def _tile_rows(tile, s, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of the rows [BQ * GP] of a tile, laid out as those of LAYOUT: query, head within its group, and which exist."""
+    rows = gl.arange(0, BQ * GP, gl.SliceLayout(1, LAYOUT))
+    query, member = tile * BQ + rows // GP, rows % GP
+    return query, member, (query < s) & (member < G)
+
+
+@gluon.jit
+def _fetch_queries(
+    buffer, q, qs, qh, tile, s, G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, LOAD: gl.constexpr
+):  # fmt: skip
+    """Starts to copy the rows of a tile; `q` points to the group's first head."""
+    query, member, exists = _tile_rows(tile, s, G, GP, BQ, LOAD)
+    width = gl.arange(0, buffer.shape[1], gl.SliceLayout(0, LOAD))
+    where = q + query.to(gl.int64) * qs + member * qh
+    async_copy.async_copy_global_to_shared(buffer, where[:, None] + width[None, :], mask=exists[:, None])
+
+
+@gluon.jit
+def _store(
+    acc, largest, total, buffer, out, lse, g, tile, s,
+    G: gl.constexpr, GP: gl.constexpr, BQ: gl.constexpr, LOAD: gl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of a tile, through shared memory; `out` and `lse` point to the group's first head."""
+    sums: gl.constexpr = total.type.layout.parent
+    D: gl.constexpr = buffer.shape[1]
+    total = gl.where(total > 0, total, 1.0)
+    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, acc.type.layout))[:, None]
+    buffer.store(acc.to(buffer.dtype))
+    query, member, exists = _tile_rows(tile, s, G, GP, BQ, LOAD)
+    width = gl.arange(0, D, gl.SliceLayout(0, LOAD))
+    place = (query.to(gl.int64) * g * G + member) * D
+    gl.store(out + place[:, None] + width[None, :], buffer.load(LOAD), mask=exists[:, None])
+    query, member, exists = _tile_rows(tile, s, G, GP, BQ, sums)
+    gl.store(lse + member.to(gl.int64) * s + query, largest + gl.log2(total), mask=exists)
 
 
 @gluon.jit
@@ -93,8 +129,7 @@ def forward_hopper_kernel(
     q, k, v, carry_k, carry_v, scores, tau, visible_until, fractional_from, alive, document_start, out, lse,
     qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks, g,
     K: gl.constexpr, KP: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr,
-    BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr,
-    OFFSET: gl.constexpr,
+    BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel` with GATE = none, for BQ * GP rows, 16 to a warp."""
     ROWS: gl.constexpr = BQ * GP
@@ -110,13 +145,7 @@ def forward_hopper_kernel(
     key_ring = gl.allocate_shared_memory(half, [STAGES, BN, D], SHARED)
     value_ring = gl.allocate_shared_memory(half, [STAGES, BN, D], SHARED)
 
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, LOAD))
-    width = gl.arange(0, D, gl.SliceLayout(0, LOAD))
-    query, member = tile * BQ + rows // GP, rows % GP
-    exists = (query < s) & (member < G)
-    where = q + batch * qb + query.to(gl.int64) * qs + (head * G + member) * qh
-    async_copy.async_copy_global_to_shared(query_tile, where[:, None] + width[None, :], mask=exists[:, None])
-
+    _fetch_queries(query_tile, q + batch * qb + head * G * qh, qs, qh, tile, s, G, GP, BQ, LOAD)
     visible_until += bg * (S + t)
     columns, num_plain = column_list(
         tile, alive + bg * num_chunks * K, visible_until, document_start + batch * s, s, t - s, window,
@@ -137,7 +166,7 @@ def forward_hopper_kernel(
         if j == 1:
             following = fetched[1]
     following_until = gl.load(visible_until + following, mask=num_plain <= 1, other=0)
-    mine = tile * BQ + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS)) // GP
+    mine, _, _ = _tile_rows(tile, s, G, GP, BQ, LOGITS)
     async_copy.wait_group(STAGES - 1)
     fence_async_shared()
     none = gl.zeros([ROWS, BN], gl.float32, LOGITS)
@@ -145,8 +174,6 @@ def forward_hopper_kernel(
     logits = mask_logits(warpgroup_mma_wait(0, deps=(logits,)), 0, until, mine, columns, BN)
     largest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS))
     weights, largest, total, _ = _softmax(logits, scale, largest, gl.zeros_like(largest))
-    if BN > 64:
-        weights = weights.to(half)
     slots, until = (0, 1), following_until
     state = (largest, total, weights, gl.zeros([ROWS, D], gl.float32, OUT))
     for j in range(1, num_plain):
@@ -163,15 +190,6 @@ def forward_hopper_kernel(
     async_copy.wait_group(0)
     fence_async_shared()
     weights = gl.convert_layout(weights.to(half), gl.DotOperandLayout(0, OUT, 2))
-    acc = warpgroup_mma(weights, value_ring.index(slots[0]), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-
-    total = gl.where(total > 0, total, 1.0)
-    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
-    query_tile.store(acc.to(half))
-    place = ((batch * s + query) * g * G + head * G + member) * D
-    gl.store(out + place[:, None] + width[None, :], query_tile.load(LOAD), mask=exists[:, None])
-    member = gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS)) % GP
-    gl.store(
-        lse + (batch * g * G + head * G + member) * s + mine, largest + gl.log2(total), mask=(mine < s) & (member < G)
-    )
+    acc = warpgroup_mma(weights, value_ring.index(slots[0]), acc)
+    out, lse = out + (batch * s * g + head) * G * D, lse + (batch * g + head) * G * s
+    _store(acc, largest, total, query_tile, out, lse, g, tile, s, G, GP, BQ, LOAD)
