@@ -3,6 +3,7 @@
     python benchmarks/two_gpus.py --out results                          # everything
     python benchmarks/two_gpus.py --out results --parts errors,bytes     # some parts
     python benchmarks/two_gpus.py --out results --data corpus --seconds 60
+    python benchmarks/two_gpus.py --out results --parts curves,dense --onto two_gpus.json   # what time did not allow
 
 Starts its own processes: first one, whose times are the baseline, then one per GPU. Without a GPU it runs two processes
 through gloo at tiny sizes, which shows that it works and measures nothing. Parts:
@@ -29,6 +30,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,7 +103,22 @@ def options() -> argparse.Namespace:
     parser.add_argument("--parts", type=names, default=PARTS, help=f"some of {','.join(PARTS)}")
     parser.add_argument("--data", default="python-stdlib", help="corpus of the curves, as in data.path")
     parser.add_argument("--steps", type=int, help="of the curves")
+    parser.add_argument("--onto", type=Path, help="a result of the same GPUs that has the baseline: is added to")
     return parser.parse_args()
+
+
+def begun(chosen: argparse.Namespace, empty: dict[str, Any]) -> dict[str, Any]:
+    """What the result begins with: nothing, or an earlier one, which then says what was added when."""
+    if chosen.onto is None:
+        return empty
+    earlier, machine = json.loads(chosen.onto.read_text()), empty["machine"]
+    if (earlier["gpus"], earlier["machine"]["name"]) != (empty["gpus"], machine["name"]):
+        sys.exit(f"{chosen.onto} is of {earlier['gpus']} x {earlier['machine']['device']}: only the same GPUs compare")
+    parts, size = ", ".join(chosen.parts), empty["gpus"]
+    notes = [x for x in earlier["notes"] if not x.startswith(tuple(f"{part} on {size}" for part in chosen.parts))]
+    # What is measured again, replaces what was.
+    kept = {part: [x for x in earlier.get(part, []) if x.get("gpus") == 1] for part in chosen.parts if part != "dense"}
+    return earlier | kept | {"notes": [*notes, f"{parts} on {size}: added at commit {machine['commit']}"]}
 
 
 def main() -> None:
@@ -119,8 +136,8 @@ def main() -> None:
             data=chosen.data,
             steps=chosen.steps or (200 if gpus else 3),
         )
-        save(plan.out / RESULT, {"machine": describe(device, chosen.commit), "gpus": most, "notes": []})
-        alone = not set(plan.parts) <= set(SHARED_ONLY)
+        save(plan.out / RESULT, begun(chosen, {"machine": describe(device, chosen.commit), "gpus": most, "notes": []}))
+        alone = chosen.onto is None and not set(plan.parts) <= set(SHARED_ONLY)
         for world_size in (1, most) if alone else (most,):
             # The baseline must leave time for what it is the baseline of.
             end = time.time() + 0.4 * chosen.seconds if world_size == 1 else plan.deadline

@@ -65,6 +65,10 @@ def test_two_gpus(tmp_path):
     assert len(one) == 2 and one == pytest.approx(two, rel=1e-4)
     assert "all GPUs differ from one by at most" in printed
 
+    again, _ = _run("two_gpus", tmp_path / "later", "--parts", "bytes", "--onto", str(out / "two_gpus.json"))
+    assert again["bytes"] == result["bytes"] and again["layer"] == result["layer"]
+    assert [note.split(":")[0] for note in again["notes"]] == ["bytes on 2"]
+
 
 def test_the_script_runs_what_exists(tmp_path):
     told = subprocess.run([ON_GPU, "list"], capture_output=True, text=True, check=True).stdout
