@@ -296,7 +296,7 @@ ARGUMENTS = {
     "*fp32": "ranked tau tau_out selected_mass scores carry_scores latest_first",
     "*fp64": "sums centre totals",
 }
-CONSTEXPRS = {"TILE": 512, "BLOCK": 128, "BITS": 3, "PART": 1024, "SPARSE": 16}
+CONSTEXPRS = {"TILE": 512, "BLOCK": 128, "BITS": 2, "PART": 256, "SPARSE": 16}
 SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 
 
@@ -310,7 +310,7 @@ SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.s
         (gpu.table_kernel, 32),
         (wavelet.rank_entries_kernel, 32),
         (wavelet.total_tiles_kernel, 64),
-        (wavelet.descend_kernel, 224),  # With 8 warps; Triton 3.6 takes up to 222 registers, 3.7 takes 126.
+        (wavelet.descend_kernel, 80),  # With 8 warps.
         (wavelet.descend_within_tiles_kernel, 64),
     ],
     ids=lambda value: getattr(value, "__name__", None) or getattr(getattr(value, "fn", None), "__name__", ""),

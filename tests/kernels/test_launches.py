@@ -9,9 +9,9 @@ from tests.kernels.counting import count
 PARTS = ("selection", "forward", "backward")
 LAUNCHES = {
     # Triton launches and operations of torch of each part.
-    (2048, False): ((8, 2), (1, 0), (9, 1)),
+    (2048, False): ((10, 2), (1, 0), (9, 1)),
     (2048, True): ((10, 3), (1, 0), (9, 1)),
-    (131072, False): ((12, 2), (1, 0), (30, 1)),
+    (131072, False): ((16, 2), (1, 0), (30, 1)),
 }
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from sparsek_kernels.gpu.queries import candidate_range, quantile
 
-PART, SPARSE = 1024, 16
+PART, SPARSE = 256, 16
 """Entries that one program lists, and the ranks per entry from which on it looks for each in the tree."""
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 TILE = 512
 """Entries that one program moves from a level to the next; a power of two."""
-MOST_BITS = 3
-"""Levels that one pass over the entries goes down at most, where nodes are larger than tiles. Each more halves the
-launches and doubles the numbers a program holds at a time (at 3, half of what a block of 8 warps can have)."""
+MOST_BITS = 2
+"""Levels that one pass over the entries goes down at most, where nodes are larger than tiles. More take fewer launches,
+but each doubles the numbers that a program holds at a time: 3 took 0.34 ms at 131k tokens on an H100, 2 take 0.23."""
 BLOCK = 512
 """Entries that one program of `rank_entries_kernel` works on."""
 TILES_AT_ONCE = tl.constexpr(128)
