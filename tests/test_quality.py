@@ -13,6 +13,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import recall, text
 from benchmarks.quality.cells import TASKS, Cell, grid
 from benchmarks.quality.log import Log
+from benchmarks.quality.plots import FIRST_POSITION, plot_convert, plot_text
 from benchmarks.quality.report import report
 from benchmarks.quality.run import MasterWeights, Study, run_cell
 from benchmarks.quality.scales import CPU, GPU, SCALES
@@ -167,6 +168,32 @@ def test_differences_are_of_the_same_seed():
     assert mean_error(differences) == (0.5, 0.0)
     mean, error = mean_error([1.0, math.nan])
     assert mean == 1.0 and math.isnan(error)
+
+
+def _curves(axes):
+    return {curve.get_label(): curve.lines[0] for curve in axes.containers}
+
+
+def test_the_plot_of_text_shows_a_variant_in_one_colour_where_targets_are_many():
+    bins = [{"first": 2**i, "last": 2 ** (i + 1) - 1, "bits_per_byte": 2.0} for i in range(8)]
+    rows = [
+        {"variant": kind, "seed": 0, "by_position": bins, "passkey": [{"length": 8, "log_likelihood": -11.5}]}
+        for kind in ("sparsek, value, std 1", "full", "window", "random")
+    ]
+    by_position, keys = (_curves(axes) for axes in plot_text(rows).axes)
+    assert set(by_position) == set(keys) - {"window"}
+    for name, curve in by_position.items():
+        assert curve.get_color() == keys[name].get_color()
+        assert min(curve.get_xdata()) == 2 * FIRST_POSITION - 1
+    assert len({curve.get_color() for curve in keys.values()}) == 4
+
+
+def test_the_plot_of_converted_text_is_paired_with_the_dense_model_of_the_seed():
+    dense = [{"seed": seed, "x": 2.0 + seed} for seed in range(2)]
+    rows = [{"variant": "window", "seed": seed, "share": 0.0, "x": 2.5 + seed} for seed in range(2)]
+    for less_dense, expected in ((True, 0.5), (False, 3.0)):
+        figure = plot_convert(rows, dense, "x", lambda row: row["x"], less_dense)
+        assert list(_curves(figure.axes[0])["window"].get_ydata()) == [expected]
 
 
 def test_a_dense_model_is_trained_where_it_is_missing(tmp_path):

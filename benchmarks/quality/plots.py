@@ -12,6 +12,10 @@ from matplotlib.figure import Figure
 from benchmarks.quality.summary import Read, Row, by_variant, mean_error, passkey, passkey_lengths
 
 DEFAULT = "sparsek, straight_through, std 1"
+FIRST_POSITION = 32
+"""Before it stand so few targets that their noise would set the range of the plot."""
+PASSKEY_CHANCE = -5 * math.log(10)
+"""Nats of five digits, to who knows that they are digits and nothing else."""
 
 
 def plot_recall(rows: Sequence[Row]) -> Figure:
@@ -40,30 +44,42 @@ def plot_text(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     by_position, keys = figure.subplots(1, 2)
     base = {row["seed"]: _positions(row) for row in variants.get("window", [])}
-    for variant in _unique(["full", "window", "sink_window", "random", *variants], variants):
+    for number, variant in enumerate(_unique(["full", "window", "sink_window", "random", *variants], variants)):
+        # One legend serves both axes, though the left ones have a curve less.
+        colour = f"C{number}"
         mine = [row for row in variants[variant] if row["seed"] in base]
         if mine and variant != "window":
-            places = [entry["last"] for entry in mine[0]["by_position"]]
-            less = [[x - y for x, y in zip(_positions(row), base[row["seed"]], strict=True)] for row in mine]
-            _curve(by_position, places, less, variant)
+            less = [[x - base[row["seed"]][place] for place, x in _positions(row).items()] for row in mine]
+            _curve(by_position, list(_positions(mine[0])), less, variant, colour=colour)
         lengths = passkey_lengths(variants[variant][0])
-        _curve(keys, lengths, [[passkey(row, length) for length in lengths] for row in variants[variant]], variant)
+        curves = [[passkey(row, length) for length in lengths] for row in variants[variant]]
+        _curve(keys, lengths, curves, variant, colour=colour)
     by_position.axhline(0, color="grey", linestyle=":")
     by_position.set(xlabel="tokens before the target, at most", ylabel="bits per byte, less those of window")
+    keys.axhline(PASSKEY_CHANCE, color="grey", linestyle=":", label="chance")
     keys.set(xlabel="tokens of the text", ylabel="log likelihood of the pass key, nats")
+    # Up to certainty, or noise around chance would fill the plot and look like a result.
+    keys.set_ylim(top=0)
     _legend(keys)
     return figure
 
 
-def plot_convert(rows: Sequence[Row], dense: Sequence[Row], label: str, read: Read) -> Figure:
-    """A number of the converted models by the share of tuning, and that of the dense ones that they were."""
+def plot_convert(rows: Sequence[Row], dense: Sequence[Row], label: str, read: Read, less_dense: bool) -> Figure:
+    """A number of the converted models by the share of tuning, and that of the dense ones that they were.
+
+    With `less_dense`, less that of the dense model of its seed: where those differ from seed to seed by more than
+    conversion changes, the errors of the numbers themselves would hide it.
+    """
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
+    base = {row["seed"]: read(row) for row in dense}
     if dense:
-        axes.axhline(_mean(dense, read), color="grey", linestyle=":", label="dense, not converted")
+        level = 0.0 if less_dense else _mean(dense, read)
+        axes.axhline(level, color="grey", linestyle=":", label="dense, not converted")
     for variant, mine in by_variant(rows).items():
         shares = sorted({row["share"] for row in mine})
-        found = {(row["seed"], row["share"]): read(row) for row in mine}
+        origin = base if less_dense else dict.fromkeys((row["seed"] for row in mine), 0.0)
+        found = {(row["seed"], row["share"]): read(row) - origin.get(row["seed"], math.nan) for row in mine}
         seeds = sorted({row["seed"] for row in mine})
         curves = [[found.get((seed, share), math.nan) for share in shares] for seed in seeds]
         _curve(axes, [100 * share for share in shares], curves, variant, logarithmic=False)
@@ -79,8 +95,9 @@ def _accuracy(row: Row) -> float:
     return row["accuracy"]
 
 
-def _positions(row: Row) -> list[float]:
-    return [entry["bits_per_byte"] for entry in row["by_position"]]
+def _positions(row: Row) -> dict[int, float]:
+    """Bits per byte by the last position of each bin."""
+    return {x["last"]: x["bits_per_byte"] for x in row["by_position"] if x["first"] >= FIRST_POSITION}
 
 
 def _mean(rows: Sequence[Row], read: Read) -> float:
@@ -92,11 +109,17 @@ def _unique(names: Sequence[str], known: dict[str, list[Row]]) -> list[str]:
 
 
 def _curve(
-    axes: Axes, places: Sequence[float], curves: Sequence[Sequence[float]], label: str, *, logarithmic: bool = True
+    axes: Axes,
+    places: Sequence[float],
+    curves: Sequence[Sequence[float]],
+    label: str,
+    *,
+    logarithmic: bool = True,
+    colour: str | None = None,
 ) -> None:
     """Mean over seeds, with one standard error each way where there are several."""
     means, errors = zip(*(mean_error(column) for column in zip(*curves, strict=True)), strict=True)
-    axes.errorbar(places, means, np.nan_to_num(errors), marker="o", markersize=4, capsize=3, label=label)
+    axes.errorbar(places, means, np.nan_to_num(errors), marker="o", markersize=4, capsize=3, label=label, color=colour)
     if logarithmic:
         axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)

@@ -139,8 +139,8 @@ METRICS: dict[str, list[Metric]] = {
     "convert-recall": [("accuracy", _accuracy, 3), ("facts kept", _where_kept("kept"), 2)],
     "convert-text": [("bits per byte", _bits, 4), ("last half", _tail, 4)],
 }
-CONVERTED: dict[str, tuple[str, Read]] = {
-    "recall": ("share of questions answered", _accuracy),
-    "text": ("bits per byte", _bits),
+CONVERTED: dict[str, tuple[str, Read, bool]] = {
+    "recall": ("share of questions answered", _accuracy, False),
+    "text": ("bits per byte, less those of the dense model", _bits, True),
 }
-"""What a plot of converted models shows."""
+"""What a plot of converted models shows; last, whether less that of the dense model."""
