@@ -18,8 +18,8 @@ SUMS = {
     "grad_scores_kernel",
 }  # fmt: skip
 MOST_SPILLED = 384
-"""Bytes of local memory per thread, beyond d = 64: just above what the shipped tiles use, so that growth is noticed. Nearly
-all of it lies outside of the loops over tiles. Up to d = 64, Hopper's need none."""
+"""Bytes of local memory per thread, beyond d = 64: just above what the shipped tiles use, so that growth is noticed.
+Nearly all of it lies outside of the loops over tiles. Up to d = 64, Hopper's need none."""
 
 QUICK = [(128, 4, "bfloat16", 90, "straight_through", "")]
 SLOW = [
