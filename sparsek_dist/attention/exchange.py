@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sparsek_dist.attention.parts import with_rows, with_tail
 from sparsek_dist.parallel.comm import gather_all, gather_later, receive, receive_later
 from sparsek_dist.parallel.mesh import RankGroup
 from sparsek_kernels import Best, Carry, best_of_parts, best_of_shard, empty_carry, take
@@ -47,8 +48,9 @@ def add_halo(key: Tensor, value: Tensor, scores: Tensor, width: int, group: Rank
     if width == 0:
         return key, value, scores
     assert key.shape[1] >= width, "Config refuses shards shorter than the window"
-    halo = receive([x[:, -width:] for x in (key, value, scores)], group, distance=1, kind="halo")
-    key, value, scores = (torch.cat([left, x], dim=1) for left, x in zip(halo, (key, value, scores), strict=True))
+    wholes, tails = zip(*(with_tail(x, width) for x in (key, value, scores)), strict=True)
+    halo = receive(tails, group, distance=1, kind="halo")
+    key, value, scores = (torch.cat([left, x], dim=1) for left, x in zip(halo, wholes, strict=True))
     return key, value, scores
 
 
@@ -77,7 +79,7 @@ def exchange_carry(
     num_selected: int,
     support: int,
     exchange: Exchange = "auto",
-) -> Incoming:
+) -> tuple[Tensor, Tensor, Incoming]:
     """The merged summary of all ranks before this one. Differentiable: gradients return to the tokens' owners.
 
     Scores decide everything, and are few: they travel first, and what they select is worked out while the pairs, most
@@ -88,17 +90,21 @@ def exchange_carry(
         scores: [b, w - 1 + s, g].
         document_start: [b, s], counted from this shard's first query.
         exchange: how summaries travel.
+
+    Returns:
+        Key and value to go on with (parts.py), and what comes in.
     """
     sizes = {"num_selected": num_selected, "support": support}
     if num_selected == 0:
         nothing = empty_carry(key, scores, **sizes)
-        return Incoming(nothing, lambda: torch.cat([nothing.key, nothing.value], dim=-1))
+        return key, value, Incoming(nothing, lambda: torch.cat([nothing.key, nothing.value], dim=-1))
     own, tokens = best_of_shard(scores, document_start, **sizes)
-    mine = torch.cat([take(x.transpose(1, 2), tokens) for x in (key, value)], dim=-1)
+    (key, key_rows), (value, value_rows) = with_rows(key, tokens), with_rows(value, tokens)
+    mine = torch.cat([key_rows, value_rows], dim=-1)
     exchanged = _gather_earlier if resolve_exchange(exchange, group.size) == "all_gather" else _scan_earlier
     earlier, arrive = exchanged(own, mine, document_start, group)
     best, rows = best_of_parts(_side_by_side(earlier), document_start[:, :1], **sizes)
-    return Incoming(best, lambda: take(torch.cat(arrive(), dim=2), rows))
+    return key, value, Incoming(best, lambda: take(torch.cat(arrive(), dim=2), rows))
 
 
 Earlier = tuple[list[Best], Callable[[], list[Tensor]]]

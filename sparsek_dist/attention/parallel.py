@@ -58,7 +58,9 @@ class ParallelAttention:
         if group.size > 1:
             key, value, scores = add_halo(key, value, scores, budget.window - 1, group)
             sizes = {"num_selected": budget.num_selected, "support": budget.support}
-            incoming = exchange_carry(key, value, scores, document_start, group, **sizes, exchange=self.exchange)
+            key, value, incoming = exchange_carry(
+                key, value, scores, document_start, group, **sizes, exchange=self.exchange
+            )
             best = incoming.best
         # Scores alone select: the pairs of other ranks travel meanwhile.
         selection = select_shard(query, scores, best, document_start, budget=budget, backend=self.backend)

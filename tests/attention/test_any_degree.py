@@ -79,7 +79,7 @@ def _carry(rank: int, p: int, x: dict[str, torch.Tensor], strategy: str):
         pad = whole.new_zeros(B, W - 1, *whole.shape[2:])
         return torch.cat([pad, whole], dim=1)[:, begin : end + W - 1]
 
-    incoming = exchange.exchange_carry(
+    _, _, incoming = exchange.exchange_carry(
         with_halo(x["key"]),
         with_halo(x["value"]),
         with_halo(x["scores"]),

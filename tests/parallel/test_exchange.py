@@ -173,7 +173,7 @@ def test_gradients_of_gathered_pairs_are_laid_together_once():
     """A gradient of each summary by itself would be as large as all: p^2 of them in a backward pass."""
     key, scores = torch.randn(1, 9 + W - 1, G, D, requires_grad=True), torch.randn(1, 9 + W - 1, G)
     start, sizes = torch.zeros(1, 9, dtype=torch.int64), {"num_selected": K, "support": S}
-    incoming = exchange_carry(key, key, scores, start, RankGroup(), **sizes, exchange="all_gather")
+    *_, incoming = exchange_carry(key, key, scores, start, RankGroup(), **sizes, exchange="all_gather")
     names, nodes = [], [incoming.carry().key.grad_fn]
     while nodes:
         node = nodes.pop()
