@@ -14,7 +14,7 @@ from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.tiles import Tile
 
 HOPPER_FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)}
-"""By d; a warp computes 16 rows."""
+"""By d; a warp computes 16 rows, and the kernel is written for two stages."""
 
 
 def hopper_forward_applies(call: Call) -> bool:
@@ -76,6 +76,5 @@ def hopper_constants(call: Call) -> dict[str, Any]:
         **{name: shared[name] for name in ("G", "GP", "BQ", "BN", "num_warps")},
         **call.query_constants(),
         "D": d,
-        "STAGES": tile.stages,
         "OFFSET": gl.int32 if furthest < 1 << 31 else gl.int64,
     }
