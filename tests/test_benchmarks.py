@@ -36,7 +36,7 @@ def test_attention(tmp_path):
         (method, length) for length in (32, 128, 512) for method in ("sparsek", "cudnn")
     ]
     assert all(row["shape"] == "h2 g2 d8" and row["step"] > 0 and not row["note"] for row in result["rows"])
-    assert "determinism: 0 of 19" in printed
+    assert "determinism: 0 of 99" in printed
     assert sorted(x.name for x in tmp_path.iterdir()) == ["attention.json", "attention.png"]
 
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sparsek_kernels.carry import NOWHERE, Carry
 from sparsek_kernels.gpu import selection as gpu
 from sparsek_kernels.gpu import wavelet
+from sparsek_kernels.gpu.queries import count_gates
 from sparsek_kernels.gpu.selection import select_gpu
 from sparsek_kernels.gpu.threshold import select_kernel
 from sparsek_kernels.selection import Selection, select
@@ -267,6 +270,34 @@ def test_scores_that_are_not_finite_do_not_hang(value: float) -> None:
     problem = random_problem(2, "random", torch.float32, 1, 1, 30, 4, 3, 9)
     problem.scores[0, 0, 5:7] = value
     assert problem.on_gpu().tau.shape == (1, 1, 30)
+
+
+@triton.jit
+def ranks_kernel(ends, sums, ranked, length, levels, span, bounds, out, TILE: tl.constexpr, BOUNDS: tl.constexpr):
+    """How many scores of the row less 1 are at or above each bound, and how many above it, by ways down the tree."""
+    low = tl.zeros([BOUNDS], tl.int32)
+    bound = tl.load(bounds + tl.arange(0, BOUNDS))
+    tree = (ends, sums, ranked, length, levels, span)
+    _, _, ones, _, _, reached = count_gates(tree, low, low + length, bound, TILE)
+    tl.store(out + tl.arange(0, BOUNDS), ones)
+    tl.store(out + BOUNDS + tl.arange(0, BOUNDS), reached)
+
+
+@pytest.mark.parametrize("length", [5, 33])
+def test_no_bound_leads_out_of_the_table(length: int) -> None:
+    """Padding of -inf is an error that the host reports when all has run, so until then it must do no harm."""
+    inf = float("inf")
+    scores = torch.randn(1, length, generator=generator(length))
+    scores[0, 1:4] = torch.tensor([-inf, inf, -inf])
+    tree = wavelet.build_wavelet(scores.to(DEVICE), 2)
+    bounds = torch.tensor([-inf, inf, float("nan"), -1e30, 0.0, 1e30, -0.5, 0.5], device=DEVICE)
+    found = torch.empty(2, 8, dtype=torch.int32, device=DEVICE)
+    ranks_kernel[(1,)](
+        tree.ends, tree.sums, tree.ranked, length, tree.levels, 1 << tree.levels, bounds, found,
+        TILE=tree.tile, BOUNDS=8,
+    )  # fmt: skip
+    wanted = torch.stack([(scores - 1 >= bounds.cpu()[:, None]).sum(1), (scores > bounds.cpu()[:, None]).sum(1)])
+    assert found.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("pattern", ["random", "two_values", "increasing"])

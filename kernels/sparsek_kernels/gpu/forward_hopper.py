@@ -2,8 +2,11 @@
 
 The columns are those of hopper_columns.py. While tile j is weighed, its predecessor's values are summed:
 
-    wait for keys j, values j - 1  ->  start Q K_j, P_{j-1} V_{j-1}  ->  fetch keys j + ahead, values j + ahead - 1
+    wait for keys j, values j - 1  ->  start Q K_j, P_{j-1} V_{j-1}  ->  fetch keys j + 1, values j
     ->  wait for Q K_j  ->  softmax: P_j  ->  wait for P_{j-1} V_{j-1}  ->  rescale the output
+
+Keys and values have two slots each, which tiles take in turn: what is fetched replaces what was read last. A third was
+no faster.
 """
 
 # Device functions take pointers and numbers, to which Triton gives no Python type.
@@ -35,7 +38,7 @@ def _fetch(
     """Starts the copies of keys j and, unless j is the FIRST, values j - 1; loads what is listed in tile j + 1.
 
     Args:
-        slots: where in their rings the keys and values go.
+        slots: where the keys and values go.
         fetched: listed entries of tile j, all entries of tile j - 1; returned for the next tile.
     """
     listed, before = fetched
@@ -53,17 +56,16 @@ def _fetch(
 @gluon.jit
 def _step(
     j, slots, state, fetched, until, query_tile, queries, scale, tables, buffers, visible_until, num_plain, num_tiles,
-    BN: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr,
+    BN: gl.constexpr, MASK: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr,
 ):  # fmt: skip
     """Weighs tile j while the values of tile j - 1 are summed.
 
     Args:
-        slots: of tile j - 1 and tile j in the rings.
+        slots: of tile j - 1 and tile j.
     """
     largest, total, weights, out = state
     last, own = slots
-    other = last if STAGES == 2 else 3 - last - own
-    async_copy.wait_group(STAGES - 2)
+    async_copy.wait_group(0)
     # What copies wrote, matrix products read by another path: 2.5 % of the time.
     fence_async_shared()
     none = gl.full([out.shape[0], BN], 0.0, gl.float32, queries.type.layout.parent)
@@ -72,18 +74,15 @@ def _step(
     out = warpgroup_mma(
         gl.convert_layout(weights.to(buffers[1].dtype), LEFT), buffers[1].index(last), out, is_async=True
     )
-    before = fetched[1]
-    free = (last, own if STAGES == 2 else other)
-    fetched = _fetch(j + STAGES - 1, free, fetched, tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, False)
-    following = fetched[1] if STAGES == 2 else before
-    following_until = gl.load(visible_until + following, mask=j + 1 >= num_plain, other=0)
+    fetched = _fetch(j + 1, (last, own), fetched, tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, False)
+    following_until = gl.load(visible_until + fetched[1], mask=j + 1 >= num_plain, other=0)
     logits = warpgroup_mma_wait(1, deps=(logits,))
     if MASK:
         logits = mask_logits(logits, j, until, queries, tables[0], BN)
     weights, largest, total, shrink = _softmax(logits, scale, largest, total)
     out = warpgroup_mma_wait(0, deps=(out,))
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
-    return (own, other), (largest, total, weights, out), fetched, following_until
+    return (own, last), (largest, total, weights, out), fetched, following_until
 
 
 @gluon.jit
@@ -101,7 +100,7 @@ def _fetch_queries(
     """Starts to copy the rows of a tile; `q` points to the group's first head."""
     query, member, exists = _tile_rows(tile, s, G, GP, BQ, LOAD)
     width = gl.arange(0, buffer.shape[1], gl.SliceLayout(0, LOAD))
-    where = q + query.to(gl.int64) * qs + member * qh
+    where = q + query.to(gl.int64) * qs + member.to(gl.int64) * qh
     async_copy.async_copy_global_to_shared(buffer, where[:, None] + width[None, :], mask=exists[:, None])
 
 
@@ -113,7 +112,8 @@ def _store(
     """Output and log-sum-exp of a tile, through shared memory; `out` and `lse` point to the group's first head."""
     sums: gl.constexpr = total.type.layout.parent
     D: gl.constexpr = buffer.shape[1]
-    total = gl.where(total > 0, total, 1.0)
+    # Rows that do not exist may have met no key; a NaN must stay one.
+    total = gl.where(total == 0, 1.0, total)
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, acc.type.layout))[:, None]
     buffer.store(acc.to(buffer.dtype))
     query, member, exists = _tile_rows(tile, s, G, GP, BQ, LOAD)
@@ -129,7 +129,7 @@ def forward_hopper_kernel(
     q, k, v, carry_k, carry_v, scores, tau, visible_until, fractional_from, alive, document_start, out, lse,
     qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks, g,
     K: gl.constexpr, KP: gl.constexpr, G: gl.constexpr, GP: gl.constexpr, D: gl.constexpr, CHUNK: gl.constexpr,
-    BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr,
+    BQ: gl.constexpr, BN: gl.constexpr, HAS_CARRY: gl.constexpr, OFFSET: gl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel` with GATE = none, for BQ * GP rows, 16 to a warp."""
     ROWS: gl.constexpr = BQ * GP
@@ -142,8 +142,8 @@ def forward_hopper_kernel(
     tile, bg = gl.program_id(0), gl.program_id(1).to(gl.int64)
     batch, head = bg // g, bg % g
     query_tile = gl.allocate_shared_memory(half, [ROWS, D], SHARED)
-    key_ring = gl.allocate_shared_memory(half, [STAGES, BN, D], SHARED)
-    value_ring = gl.allocate_shared_memory(half, [STAGES, BN, D], SHARED)
+    key_slots = gl.allocate_shared_memory(half, [2, BN, D], SHARED)
+    value_slots = gl.allocate_shared_memory(half, [2, BN, D], SHARED)
 
     _fetch_queries(query_tile, q + batch * qb + head * G * qh, qs, qh, tile, s, G, GP, BQ, LOAD)
     visible_until += bg * (S + t)
@@ -154,23 +154,19 @@ def forward_hopper_kernel(
     num_tiles = (columns[2] + columns[5] + BN) // BN
     keys = (k + batch * kb + head * kg, ks, carry_k + batch * cb + head * cg, cs, S)
     values = (v + batch * vb + head * vg, vs, carry_v + batch * cb + head * cg, cs, S)
-    tables, buffers = (columns, keys, values, S + t - s), (key_ring, value_ring)
+    tables, buffers = (columns, keys, values, S + t - s), (key_slots, value_slots)
 
     rank = gl.arange(0, BN, gl.SliceLayout(1, LOAD)) - columns[2]
     first = fetch_listed(rank, columns)
     fetched = _fetch(0, (0, 0), (first, first), tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, True)
     until = gl.load(visible_until + fetched[1])
-    following = fetched[1]
-    for j in gl.static_range(1, STAGES):
-        fetched = _fetch(j, (j, j - 1), fetched, tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, False)
-        if j == 1:
-            following = fetched[1]
-    following_until = gl.load(visible_until + following, mask=num_plain <= 1, other=0)
+    fetched = _fetch(1, (1, 0), fetched, tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, False)
+    following_until = gl.load(visible_until + fetched[1], mask=num_plain <= 1, other=0)
     mine, _, _ = _tile_rows(tile, s, G, GP, BQ, LOGITS)
-    async_copy.wait_group(STAGES - 1)
+    async_copy.wait_group(1)
     fence_async_shared()
     none = gl.zeros([ROWS, BN], gl.float32, LOGITS)
-    logits = warpgroup_mma(query_tile, key_ring.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
+    logits = warpgroup_mma(query_tile, key_slots.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
     logits = mask_logits(warpgroup_mma_wait(0, deps=(logits,)), 0, until, mine, columns, BN)
     largest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS))
     weights, largest, total, _ = _softmax(logits, scale, largest, gl.zeros_like(largest))
@@ -179,17 +175,17 @@ def forward_hopper_kernel(
     for j in range(1, num_plain):
         slots, state, fetched, until = _step(
             j, slots, state, fetched, until, query_tile, mine, scale, tables, buffers, visible_until, num_plain,
-            num_tiles, BN, STAGES, False, HAS_CARRY, OFFSET,
+            num_tiles, BN, False, HAS_CARRY, OFFSET,
         )  # fmt: skip
     for j in range(gl.maximum(num_plain, 1), num_tiles):
         slots, state, fetched, until = _step(
             j, slots, state, fetched, until, query_tile, mine, scale, tables, buffers, visible_until, num_plain,
-            num_tiles, BN, STAGES, True, HAS_CARRY, OFFSET,
+            num_tiles, BN, True, HAS_CARRY, OFFSET,
         )  # fmt: skip
     largest, total, weights, acc = state
     async_copy.wait_group(0)
     fence_async_shared()
     weights = gl.convert_layout(weights.to(half), gl.DotOperandLayout(0, OUT, 2))
-    acc = warpgroup_mma(weights, value_ring.index(slots[0]), acc)
+    acc = warpgroup_mma(weights, value_slots.index(slots[0]), acc)
     out, lse = out + (batch * s * g + head) * G * D, lse + (batch * g + head) * G * s
     _store(acc, largest, total, query_tile, out, lse, g, tile, s, G, GP, BQ, LOAD)

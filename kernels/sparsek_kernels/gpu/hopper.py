@@ -14,7 +14,7 @@ from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.tiles import Tile
 
 HOPPER_FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)}
-"""By d; a warp computes 16 rows."""
+"""By d; a warp computes 16 rows, and the kernel is written for two stages."""
 
 
 def hopper_forward_applies(call: Call) -> bool:
@@ -28,8 +28,7 @@ def hopper_forward_applies(call: Call) -> bool:
     _, _, h, d, _, g, _ = call.sizes
     tensors = (call.query, call.key, call.value, *((call.carry_key, call.carry_value) if call.has_carry else ()))
     return (
-        call.query.is_cuda
-        and torch.cuda.get_device_capability(call.query.device)[0] == 9
+        is_hopper(call.query.device)
         and call.gate in ("none", "straight_through")
         and all(x.dtype == call.query.dtype and x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
         and d in HOPPER_FORWARD
@@ -40,6 +39,10 @@ def hopper_forward_applies(call: Call) -> bool:
     )
 
 
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @functools.cache
 def kernel_for_hopper() -> Any:
     """The kernel, or None where Triton lacks what it is written in."""
@@ -48,7 +51,7 @@ def kernel_for_hopper() -> Any:
     except ImportError as error:
         logging.getLogger(__name__).warning(
             "Triton %s lacks what the forward for Hopper is written in (%s): the one for all GPUs runs, which takes a "
-            "quarter more time",
+            "fifth more time",
             triton.__version__,
             error,
         )
@@ -76,6 +79,5 @@ def hopper_constants(call: Call) -> dict[str, Any]:
         **{name: shared[name] for name in ("G", "GP", "BQ", "BN", "num_warps")},
         **call.query_constants(),
         "D": d,
-        "STAGES": tile.stages,
         "OFFSET": gl.int32 if furthest < 1 << 31 else gl.int64,
     }

@@ -66,9 +66,10 @@ def _count_step(tables, length, half, way, bound, TILE: tl.constexpr, SHIFTED: t
     low, high, node, count, total = way
     better_low = _into_better(ends, low, node)
     better_high = _into_better(ends, high, node)
-    # If the worst entry of the better half is above the bound, all of that half is.
+    # If the worst entry of the better half is above the bound, all of that half is. Beyond the table nothing is, not
+    # even above -inf, or the way would lead out of it: NaN.
     pivot = node + half - 1
-    worse = _is_above(tl.load(ranked + pivot, mask=pivot < length, other=float("-inf")), bound, SHIFTED)
+    worse = _is_above(tl.load(ranked + pivot, mask=pivot < length, other=float("nan")), bound, SHIFTED)
     inner = node & -tl.maximum(half, TILE)
     total += _sum_of(sums, better_low, better_high, inner, worse)
     count += tl.where(worse, better_high - better_low, 0)
@@ -82,7 +83,7 @@ def count_gates(tree, low, high, bound, TILE: tl.constexpr):
     """Of the entries u of [low, high) with u - 1 >= bound, then of those with u > bound: how many there are, their sum,
     and how many the whole row has.
 
-    Scores are compared in the dtype of `bound`, which is not -inf. The two ways down the tree go side by side: each
+    Scores are compared in the dtype of `bound`. The two ways down the tree go side by side: each
     step waits for its reads, so two wait together.
     """
     ends, sums, ranked, length, levels, span = tree
@@ -103,7 +104,7 @@ def count_gates(tree, low, high, bound, TILE: tl.constexpr):
 def _is_rank(ranked, length, rank, bound, SHIFTED: tl.constexpr):
     """Whether `rank` scores of the row are above a bound."""
     last = tl.load(ranked + rank - 1, mask=rank > 0, other=float("inf"))
-    following = tl.load(ranked + rank, mask=rank < length, other=float("-inf"))
+    following = tl.load(ranked + rank, mask=rank < length, other=float("nan"))
     return _is_above(last, bound, SHIFTED) & (_is_above(following, bound, SHIFTED) == 0)
 
 

@@ -141,8 +141,9 @@ def select_kernel(
     next_score = tl.load(ranked + after, mask=flat, other=0.0)
     tau = tl.where(flat, next_score, (solution + middle).to(dtype))
 
-    # Counted in the arithmetic of the gates' own dtype.
-    if _any(inside & has_tau & ((same_gates(tree, ones_rank, reached_rank, tau) == 0) | flat)):
+    # Counted in the arithmetic of the gates' own dtype; the S-th best is known if it mattered on the way to tau.
+    counted = same_gates(tree, ones_rank, reached_rank, tau) & ((reached <= support) | (limit_rank >= 0))
+    if _any(inside & has_tau & ((counted == 0) | flat)):
         ones, ones_sum, _, reached, _, _ = count_gates(tree, low, high, tau, TILE)
         limit_rank, _ = quantile(tree, low, high, tl.minimum(support, high - low) - 1, TILE, False)
     sigma_rank = tl.where(reached > support, limit_rank, length)
