@@ -50,7 +50,7 @@ def discover() -> Ranks:
 
     Raises:
         ConfigError: if a launcher set only some of its variables.
-        PeerError: if MPI started this process but cannot be used from Python.
+        PeerError: if MPI started this process but cannot be used from Python, or only by another MPI's rules.
     """
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return _from_environment()
@@ -169,6 +169,14 @@ def _from_mpi() -> Ranks:
             "of this mpirun, or start through deepspeed or torchrun"
         ) from error
     world = MPI.COMM_WORLD
+    started = next(os.environ[name] for name in MPI_VARIABLES if name in os.environ)
+    if started != str(world.size):
+        # Each process would take itself for the only one, and all would train the same.
+        raise PeerError(
+            f"an MPI launcher started {started} processes, but mpi4py sees {world.size}: it was built for another MPI "
+            f"({MPI.Get_library_version().splitlines()[0]}); build it with this mpirun's mpicc in PATH (pip install "
+            "--force-reinstall --no-binary mpi4py mpi4py), or start through deepspeed or torchrun"
+        )
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
     if world.size == 1:
         return Ranks(launcher="mpi")

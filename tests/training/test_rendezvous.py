@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,20 @@ def test_one_process_alone_needs_no_mpi(monkeypatch, name) -> None:
     assert discover() == Ranks()
     _set(monkeypatch, **{name: "2"})
     with pytest.raises(PeerError, match="mpi4py cannot be used"):
+        discover()
+
+
+@pytest.mark.parametrize("name", MPI_VARIABLES)
+def test_an_mpi4py_of_another_mpi_is_told(monkeypatch, name) -> None:
+    """It starts, and takes each process for the only one of its world."""
+    other = SimpleNamespace(
+        COMM_WORLD=SimpleNamespace(size=1), Get_library_version=lambda: "Other MPI 4.2\nbuilt today"
+    )
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=other))
+    _set(monkeypatch, **{name: "2"})
+    with pytest.raises(
+        PeerError, match=r"started 2 processes, but mpi4py sees 1: .*\(Other MPI 4\.2\).*--no-binary mpi4py"
+    ):
         discover()
 
 
