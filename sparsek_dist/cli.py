@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = options.run(options)
     except (SparsekError, RuntimeError) as error:
-        known = _known(error)
+        known = _known(error, options.command)
         if known is None or options.debug:
             raise
         _report(known)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All sub-commands with their options."""
     parser = argparse.ArgumentParser(prog="sparsek", description="Train long-context language models with SPARSEK.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     train = commands.add_parser("train", help="train a model, or continue to", description="Trains a model.")
     _add_config(train)
@@ -228,7 +228,15 @@ def _export(options: argparse.Namespace) -> None:
     export_run(options.folder, options.out, dtype=options.dtype)
 
 
-def _known(error: Exception) -> SparsekError | None:
+LESS_MEMORY = {
+    "train": "lower train.micro_batch_size, set train.activation_checkpointing=true, or raise parallel.sequence_degree",
+    "eval": "take shorter contexts (--length, --lengths), or start it on several GPUs, which share each context",
+    "generate": "take a shorter prompt, or a larger GPU",
+}
+"""What a user can do about a full GPU, by command."""
+
+
+def _known(error: Exception, command: str) -> SparsekError | None:
     """The error as one a user can cure; None if it is a mistake of ours, which keeps its traceback."""
     if isinstance(error, SparsekError):
         return error
@@ -236,10 +244,7 @@ def _known(error: Exception) -> SparsekError | None:
 
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
-        return SparsekError(
-            f"out of GPU memory ({first}): lower train.micro_batch_size, set train.activation_checkpointing=true, or "
-            "raise parallel.sequence_degree"
-        )
+        return SparsekError(f"out of GPU memory ({first}): {LESS_MEMORY.get(command, 'take a larger GPU')}")
     if isinstance(error, torch.distributed.DistError) or LOST_PEER.search(str(error)):
         return PeerError(
             f"lost contact with another rank ({first}): its own message, or the logs/ of the run folder, say why it "

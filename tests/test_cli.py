@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsek_dist import cli
 from sparsek_dist.cli import main
@@ -100,6 +101,27 @@ def test_exit_code_tells_the_kind(settings, capsys, monkeypatch, code, error) ->
     monkeypatch.setattr("sparsek_dist.commands.train.train", fail)
     assert main(["train", settings]) == code
     assert str(error) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "cure"),
+    [
+        (["train"], "commands.train.train", "train.micro_batch_size"),
+        (["eval", "folder"], "commands.evaluation_target.open_target", "--length"),
+        (["generate", "folder"], "commands.generate.generate_text", "a shorter prompt"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_full_gpu(settings, capsys, monkeypatch, arguments, where, cure) -> None:
+    """Each command names what its own user can change."""
+
+    def fail(*_, **__) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore of it.")
+
+    monkeypatch.setattr(f"sparsek_dist.{where}", fail)
+    assert main([*arguments, *([settings] if arguments == ["train"] else [])]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: out of GPU memory (CUDA out of memory. Tried to allocate 3 GiB.): ") and cure in told
 
 
 def test_mistake_of_ours_keeps_its_traceback(settings, monkeypatch) -> None:
