@@ -113,7 +113,7 @@ def begun(chosen: argparse.Namespace, empty: dict[str, Any]) -> dict[str, Any]:
         return empty
     earlier, machine = json.loads(chosen.onto.read_text()), empty["machine"]
     if (earlier["gpus"], earlier["machine"]["name"]) != (empty["gpus"], machine["name"]):
-        sys.exit(f"{chosen.onto} is of {earlier['gpus']} x {earlier['machine']['device']}: only the same GPUs compare")
+        sys.exit(f"{chosen.onto} is of {earlier['gpus']} x {earlier['machine']['name']}: only the same GPUs compare")
     parts, size = ", ".join(chosen.parts), empty["gpus"]
     notes = [x for x in earlier["notes"] if not x.startswith(tuple(f"{part} on {size}" for part in chosen.parts))]
     # What is measured again, replaces what was.

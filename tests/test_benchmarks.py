@@ -69,6 +69,12 @@ def test_two_gpus(tmp_path):
     assert again["bytes"] == result["bytes"] and again["layer"] == result["layer"]
     assert [note.split(":")[0] for note in again["notes"]] == ["bytes on 2"]
 
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(result | {"machine": {"name": "another GPU"}}))
+    command = [sys.executable, ROOT / "benchmarks" / "two_gpus.py", "--out", tmp_path / "later", "--onto", other]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "another GPU: only the same GPUs compare" in done.stderr
+
 
 def test_the_script_runs_what_exists(tmp_path):
     told = subprocess.run([ON_GPU, "list"], capture_output=True, text=True, check=True).stdout
