@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+Gate = Literal["straight_through", "value", "key_value"]
 AttentionKind = Literal["sparsek", "random", "sink_window", "window", "full"]
 NUM_SINKS = 4
 """First tokens of a document that the `sink_window` baseline always keeps."""
@@ -62,7 +63,7 @@ class AttentionConfig:
     """w: newest tokens every query sees, itself included; at least 1."""
     support: int | None = None
     """S: best candidates the soft gates are computed over; more than `num_selected`. Default 4 * num_selected."""
-    gate: Literal["straight_through", "value", "key_value"] = "straight_through"
+    gate: Gate = "straight_through"
     """How a gate enters: `value` scales v, `key_value` scales k and v, `straight_through` only the gradient."""
     score_std: float = 1.0
     """Standard deviation of the scores at initialisation; a tiny one makes every gate about k/n."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 from benchmarks.quality.scales import Scale
-from sparsek_dist.config import AttentionConfig, AttentionKind
+from sparsek_dist.config import AttentionConfig, AttentionKind, Gate
 
 TASKS = ("recall", "text", "convert-recall", "convert-text")
 BASELINES: tuple[AttentionKind, ...] = ("full", "window", "sink_window", "random")
-GATES: tuple[Gate, ...] = ("straight_through", "value", "key_value")
+GATES: tuple[Gate, ...] = get_args(Gate)
 STDS = (1.0, 3.0)
 """Of the scores at initialisation: at 3, the support is hardly more than k."""
-Gate = Literal["straight_through", "value", "key_value"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
     aligned: bool = True,
+    maxnreg: int | None = None,
 ) -> Resources:
     """Compiles `fn` for one architecture.
 
@@ -58,9 +59,11 @@ def compile_kernel(
         signature: type of each argument that is no constexpr, like "*fp32" or "i32".
         constexprs: values of the others; a dtype by its name ("bfloat16").
         arch: 80 or 90.
+        num_warps, num_stages, maxnreg: as the kernel is launched.
         aligned: whether pointers are multiples of 16 bytes, as torch's are, and the compiler may rely on it.
     """
-    options = {"arch": arch, "num_warps": num_warps, "num_stages": num_stages, "aligned": aligned}
+    launch = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+    options = {"arch": arch, "launch": launch, "aligned": aligned}
     if hasattr(fn, "cache_key"):
         return _compile(fn, dict(signature), dict(constexprs), **options)
     request = {"module": fn.fn.__module__, "name": fn.fn.__name__, "signature": dict(signature)}
@@ -73,8 +76,7 @@ def _compile(
     constexprs: dict[str, Any],
     *,
     arch: int,
-    num_warps: int,
-    num_stages: int,
+    launch: dict[str, int | None],
     aligned: bool,
 ) -> Resources:
     constexprs = {name: DTYPES.get(value, value) for name, value in constexprs.items()}
@@ -84,7 +86,7 @@ def _compile(
     compiled = triton.compile(
         ASTSource(fn=fn, signature=types, constexprs=constexprs, attrs=attrs),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options=launch,
     )
     registers, local = _usage(compiled.asm["cubin"])
     return Resources(registers=registers, spills=local, shared=compiled.metadata.shared)

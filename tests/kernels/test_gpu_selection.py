@@ -335,7 +335,7 @@ SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.s
 @pytest.mark.parametrize(
     ("kernel", "most_registers"),
     [
-        (select_kernel, 80),
+        (select_kernel, gpu.SELECT_REGISTERS),
         (gpu.interval_kernel, 40),
         (gpu.alive_kernel, 64),
         (gpu.table_kernel, 32),
@@ -349,8 +349,8 @@ SIGNATURE = {name: kind for kind, names in ARGUMENTS.items() for name in names.s
 def test_kernels_compile_without_spilling(kernel: object, most_registers: int, arch: int) -> None:
     constexprs = {name: value for name, value in CONSTEXPRS.items() if name in kernel.arg_names}
     warps = {"descend_kernel": 8, "alive_kernel": 1}.get(kernel.__name__, 4)
-    resources = compile_kernel(kernel, SIGNATURE, constexprs, arch=arch, num_warps=warps)
-    # Sixteen bytes of stack are what the selection takes on the older architecture, outside its loops.
-    assert resources.spills <= (16 if arch == 80 else 0)
+    limit = gpu.SELECT_REGISTERS if kernel is select_kernel else None
+    resources = compile_kernel(kernel, SIGNATURE, constexprs, arch=arch, num_warps=warps, maxnreg=limit)
+    assert resources.spills == 0
     assert resources.registers <= most_registers, resources
     assert resources.shared <= 8192

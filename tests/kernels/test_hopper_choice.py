@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -73,22 +74,28 @@ def test_views_with_aligned_rows_get_it(view: Callable[[Tensor], Tensor]) -> Non
 
 
 REFUSED = {
-    "value": call_of(gate="value"),
-    "key_value": call_of(gate="key_value"),
-    "float32": call_of(dtype=torch.float32),
-    "float64": call_of(dtype=torch.float64),
-    "d = 32": call_of(d=32),
-    "d = 80": call_of(d=80),
-    "d = 256": call_of(d=256),
-    "more heads per group than rows": call_of(h=130, d=64),
-    "2^15 selected": call_of(k=1 << 15),
-    "two dtypes": replace(call_of(), value=call_of(dtype=torch.float16).value),
+    "gate value counts": call_of(gate="value"),
+    "gate key_value counts": call_of(gate="key_value"),
+    "not all float16, or all bfloat16": call_of(dtype=torch.float32),
+    "not all .* bfloat16": call_of(dtype=torch.float64),
+    "heads are 32 wide": call_of(d=32),
+    "heads are 80 wide": call_of(d=80),
+    "heads are 256 wide.* for 64 and 128": call_of(d=256),
+    "65 query heads": call_of(h=130, d=64),
+    "num_selected is 32768": call_of(k=1 << 15),
+    "all float16, or": replace(call_of(), value=call_of(dtype=torch.float16).value),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_it_cannot_compute_goes_to_the_kernel_for_all_gpus(name: str) -> None:
-    assert not hopper_forward_applies(REFUSED[name])
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_it_cannot_compute_goes_to_the_kernel_for_all_gpus(reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And is told, once per reason."""
+    hopper._log_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert not hopper_forward_applies(REFUSED[reason])
+        assert not hopper_forward_applies(REFUSED[reason])
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert re.search(rf"the forward for all GPUs, .*\(.*{reason}", said)
 
 
 @pytest.mark.parametrize("view", [shifted, lambda x: padded(x, 8), lambda x: padded(x, 1)], ids=["start", "8", "1"])
@@ -107,14 +114,10 @@ def test_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fresh_cache")
-def test_without_gluon_the_kernel_for_all_gpus_runs(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_gluon_the_kernel_for_all_gpus_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sparsek_kernels.gpu.forward_hopper", None)
-    with caplog.at_level(logging.WARNING):
-        assert not hopper_forward_applies(call_of())
-        assert not hopper_forward_applies(call_of())
-    assert len(caplog.records) == 1, "said once"
+    assert not hopper_forward_applies(call_of())
+    assert "lacks what it is written in" in hopper.why_not_hopper(call_of())
 
 
 def test_arguments_stand_in_the_order_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,30 +13,39 @@ from torch import Tensor
 from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.gpu.tiles import Tile
 
+logger = logging.getLogger(__name__)
+
 HOPPER_FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)}
 """By d; a warp computes 16 rows, and the kernel is written for two stages."""
 
 
 def hopper_forward_applies(call: Call) -> bool:
-    """Whether the forward written for Hopper computes this call; where not, the one for all GPUs does, more slowly.
+    """Whether the forward written for Hopper computes this call; where not, the one for all GPUs does, more slowly."""
+    if not is_hopper(call.query.device):
+        return False
+    hindrance = why_not_hopper(call)
+    _log_once(hindrance)
+    return hindrance is None
 
-    Its matrix products exist on capability 9.x only, in half precision, and its tiles were made for d of 64 and 128
-    without gates (`straight_through` has none in the forward); more query heads per KV head than its tile has rows do
-    not fit, nor 2^15 selected pairs the number that counts them. Its copies move 16 bytes at a time: every row must
-    begin at a multiple of them, as the compiler finds it if strides are multiples of 16. Triton must have Gluon.
-    """
+
+def why_not_hopper(call: Call) -> str | None:
+    """What keeps the forward for Hopper from computing this call on such a GPU, in words; None if nothing does."""
     _, _, h, d, _, g, _ = call.sizes
     tensors = (call.query, call.key, call.value, *((call.carry_key, call.carry_value) if call.has_carry else ()))
-    return (
-        is_hopper(call.query.device)
-        and call.gate in ("none", "straight_through")
-        and all(x.dtype == call.query.dtype and x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
-        and d in HOPPER_FORWARD
-        and h // g <= HOPPER_FORWARD[d].rows
-        and call.alive.shape[-1] < 1 << 15
-        and all(x.data_ptr() % 16 == 0 and all(i % 16 == 0 for i in x.stride()[:3]) for x in tensors)
-        and kernel_for_hopper() is not None
-    )
+    if call.gate not in ("none", "straight_through"):
+        return f"gate {call.gate} counts in the forward"
+    if any(x.dtype != call.query.dtype or x.dtype not in (torch.float16, torch.bfloat16) for x in tensors):
+        return "the tensors are not all float16, or all bfloat16"
+    if d not in HOPPER_FORWARD:
+        return f"heads are {d} wide, and its tiles were made for {' and '.join(map(str, HOPPER_FORWARD))}"
+    if h // g > HOPPER_FORWARD[d].rows:
+        return f"{h // g} query heads share a KV head, more than a tile has rows"
+    if call.alive.shape[-1] >= 1 << 15:
+        return f"num_selected is {call.alive.shape[-1]}, and 2^15 do not fit the number that counts them"
+    # Its copies move 16 bytes at a time, and the compiler must see that they can: strides are multiples of 16.
+    if any(x.data_ptr() % 16 or any(i % 16 for i in x.stride()[:3]) for x in tensors):
+        return "rows do not all begin at multiples of 16 numbers"
+    return None if kernel_for_hopper() is not None else f"Triton {triton.__version__} lacks what it is written in"
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -48,15 +57,17 @@ def kernel_for_hopper() -> Any:
     """The kernel, or None where Triton lacks what it is written in."""
     try:
         from sparsek_kernels.gpu.forward_hopper import forward_hopper_kernel
-    except ImportError as error:
-        logging.getLogger(__name__).warning(
-            "Triton %s lacks what the forward for Hopper is written in (%s): the one for all GPUs runs, which takes a "
-            "fifth more time",
-            triton.__version__,
-            error,
-        )
+    except ImportError:
         return None
     return forward_hopper_kernel
+
+
+@functools.cache
+def _log_once(hindrance: str | None) -> None:
+    if hindrance is None:
+        logger.info("SPARSEK attention: the forward for Hopper")
+    else:
+        logger.info("SPARSEK attention: the forward for all GPUs, a fifth slower than that for Hopper (%s)", hindrance)
 
 
 def forward_on_hopper(call: Call, out: Tensor, lse: Tensor) -> None:

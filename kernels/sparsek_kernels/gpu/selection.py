@@ -21,6 +21,8 @@ from sparsek_kernels.selection import Selection
 
 BLOCK = 128
 """Queries, entries or slots that one program works on."""
+SELECT_REGISTERS = 72
+"""What the assembler takes for `select_kernel` on Hopper. Not told, it takes 64 for older GPUs and spills."""
 MAX_BYTES = 1 << 30
 """Trees are built for as many rows at a time as stay below it (but for one at least)."""
 
@@ -132,7 +134,7 @@ def _find_thresholds(part: _Rows, support: int) -> None:
     fields = (selection.tau, selection.num_fractional, selection.support_size, selection.selected_mass)
     select_kernel[part.grid(selection.tau.shape[1])](
         *part.tables, part.tree.centre, part.document_start, part.carry_positions, *fields, *part.bounds, *part.sizes,
-        support, TILE=part.tree.tile, BLOCK=BLOCK, num_warps=4,
+        support, TILE=part.tree.tile, BLOCK=BLOCK, num_warps=4, maxnreg=SELECT_REGISTERS,
     )  # fmt: skip
 
 
