@@ -67,7 +67,7 @@ def _log_once(hindrance: str | None) -> None:
     if hindrance is None:
         logger.info("SPARSEK attention: the forward for Hopper")
     else:
-        logger.info("SPARSEK attention: the forward for all GPUs, a fifth slower than that for Hopper (%s)", hindrance)
+        logger.info("SPARSEK attention: the forward for all GPUs, not the faster one for Hopper (%s)", hindrance)
 
 
 def forward_on_hopper(call: Call, out: Tensor, lse: Tensor) -> None:
