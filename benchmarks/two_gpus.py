@@ -115,7 +115,8 @@ def begun(chosen: argparse.Namespace, empty: dict[str, Any]) -> dict[str, Any]:
     if (earlier["gpus"], earlier["machine"]["name"]) != (empty["gpus"], machine["name"]):
         sys.exit(f"{chosen.onto} is of {earlier['gpus']} x {earlier['machine']['name']}: only the same GPUs compare")
     parts, size = ", ".join(chosen.parts), empty["gpus"]
-    notes = [x for x in earlier["notes"] if not x.startswith(tuple(f"{part} on {size}" for part in chosen.parts))]
+    again = tuple(f"{part} on {size}" for part in chosen.parts)
+    notes = [x for x in earlier["notes"] if not x.removeprefix("failed: ").startswith(again)]
     # What is measured again, replaces what was.
     kept = {part: [x for x in earlier.get(part, []) if x.get("gpus") == 1] for part in chosen.parts if part != "dense"}
     return earlier | kept | {"notes": [*notes, f"{parts} on {size}: added at commit {machine['commit']}"]}

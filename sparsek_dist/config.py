@@ -69,6 +69,8 @@ class AttentionConfig:
     """Standard deviation of the scores at initialisation; a tiny one makes every gate about k/n."""
     slope: float = 0.0
     """Added to the score per token of position: above 0, newer pairs are preferred."""
+    slope_ratio: float = 1.0
+    """Slope of the last KV head over that of the first; equal ratios between. Below 1, some heads keep for longer."""
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Implementation. `auto` takes the fastest that can run here and says which."""
     full_layers: str = "none"

@@ -60,6 +60,7 @@ AT_LEAST_ONE = frozenset(
 ABOVE_ZERO = frozenset(
     {
         "attention.score_std",
+        "attention.slope_ratio",
         "model.init_std",
         "model.rope_theta",
         "optimizer.learning_rate",
@@ -181,6 +182,11 @@ def _attention(config: Config) -> Iterator[str]:
         yield (
             f"attention.support = {attention.support} must exceed attention.num_selected = {attention.num_selected}, "
             f"or every gate is 1 and the scores never learn: use {4 * attention.num_selected}"
+        )
+    if attention.slope_ratio != 1 and attention.slope == 0:
+        yield (
+            f"attention.slope_ratio = {attention.slope_ratio} changes nothing at attention.slope = 0: set "
+            "attention.slope, for instance to 1 / attention.window"
         )
     if attention.kind == "sink_window" and attention.reach < 1:
         yield (

@@ -9,7 +9,8 @@ from typing import Any, get_args
 from benchmarks.quality.scales import Scale
 from sparsek_dist.config import AttentionConfig, AttentionKind, Gate
 
-TASKS = ("recall", "text", "convert-recall", "convert-text")
+TASKS = ("recall", "short", "text", "convert-recall", "convert-text")
+"""`text` goes on from the model of `short`, and a task `convert-..` from the dense model of the task after its name."""
 BASELINES: tuple[AttentionKind, ...] = ("full", "window", "sink_window", "random")
 GATES: tuple[Gate, ...] = get_args(Gate)
 STDS = (1.0, 3.0)
@@ -25,9 +26,15 @@ class Cell:
     gate: Gate = "straight_through"
     std: float = 1.0
     slope: float = 0.0
-    """Score that a pair loses against a new one while 16 windows pass."""
+    """Score that a pair loses against a new one while 16 windows pass, in the first KV head."""
+    slope_ratio: float = 1.0
+    """Slope of the last KV head over that of the first."""
     support: int = 4
     """S / k."""
+    selected: float = 0.5
+    """k / (k + w)."""
+    distilled: bool = False
+    """Whether the scorers start from what the dense model attends to, rather than at random."""
     scorer_rate: float = 1.0
     """Learning rate of the scorers, as a multiple of that of all other weights."""
     share: float = 0.0
@@ -40,8 +47,14 @@ class Cell:
 
     @property
     def base(self) -> str:
-        """The task that is learned: `recall` or `text`."""
+        """The task that is learned: `recall`, `short` or `text`."""
         return self.task.removeprefix("convert-")
+
+    @property
+    def source(self) -> Cell | None:
+        """The model whose weights it starts from, always a dense one of the same seed; None: it starts from none."""
+        task = {"text": "short", "convert-text": "text", "convert-recall": "recall"}.get(self.task)
+        return Cell(task=task, kind="full", seed=self.seed) if task else None
 
     @property
     def variant(self) -> str:
@@ -49,8 +62,11 @@ class Cell:
         if self.kind != "sparsek":
             return self.kind
         words = ["sparsek", self.gate, f"std {self.std:g}"]
-        words += [f"slope {self.slope:g}"] if self.slope else []
+        to = f" to {self.slope * self.slope_ratio:g}" if self.slope_ratio != 1 else ""
+        words += [f"slope {self.slope:g}{to}"] if self.slope else []
         words += [f"S {self.support} k"] if self.support != 4 else []
+        words += [f"k {self.selected:.0%}"] if self.selected != 0.5 else []
+        words += ["distilled"] if self.distilled else []
         words += [f"scorer rate {self.scorer_rate:g}"] if self.scorer_rate != 1 else []
         return ", ".join(words)
 
@@ -61,15 +77,17 @@ class Cell:
         return f"{self.task}/{self.variant}{share}/seed {self.seed}"
 
     def attention(self, window: int) -> AttentionConfig:
-        """Of the same budget for every kind: w + k pairs, k = w."""
+        """Of the same budget for every kind: w + k pairs, k = w where nothing else is said."""
+        num_selected = round(self.selected * 2 * window)
         return AttentionConfig(
             kind=self.kind,
-            num_selected=window,
-            window=window,
-            support=self.support * window,
+            num_selected=num_selected,
+            window=2 * window - num_selected,
+            support=self.support * num_selected,
             gate=self.gate,
             score_std=self.std,
             slope=self.slope / (16 * window),
+            slope_ratio=self.slope_ratio,
         )
 
     def as_row(self) -> dict[str, Any]:
@@ -86,6 +104,7 @@ def grid(scale: Scale) -> list[Cell]:
 
 def _kinds(scale: Scale) -> Iterator[Cell]:
     for seed in range(scale.seeds):
+        yield Cell(task="short", kind="full", seed=seed)
         for task in ("recall", "text"):
             for kind in (*BASELINES, "sparsek"):
                 yield Cell(task=task, kind=kind, seed=seed)
@@ -119,3 +138,9 @@ def _questions(scale: Scale) -> Iterator[Cell]:
             yield Cell(task=task, scorer_rate=10.0, seed=seed)
             yield Cell(task=task, support=2, seed=seed)
             yield Cell(task=task, support=8, seed=seed)
+        for gate in GATES:
+            for selected in (0.5, 0.25):
+                for slope, ratio in ((0.0, 1.0), (4.0, 1.0), (4.0, 1 / 64), (16.0, 1 / 64)):
+                    slopes = {"slope": slope, "slope_ratio": ratio}
+                    yield Cell(task="text", gate=gate, distilled=True, selected=selected, seed=seed, **slopes)
+        yield Cell(task="text", gate="value", distilled=True, scorer_rate=10.0, seed=seed)

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,22 @@ from torch import Tensor
 
 from benchmarks.quality import recall, text
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.needles import find_keys
 from benchmarks.quality.scales import Scale, Task
 from sparsek_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.evaluation.context import as_row, measure
 from sparsek_dist.evaluation.perplexity import BYTES, label_bytes
-from sparsek_dist.evaluation.retrieval import retrieve
 from sparsek_dist.models.build import build_model, count_parameters
+from sparsek_dist.models.distill import fit_scorers, start_scorers
 from sparsek_dist.models.observe import observe
 from sparsek_dist.models.pretrained import SCORER
 from sparsek_dist.parallel.loss import count_targets, loss_sum
 from sparsek_dist.parallel.mesh import Mesh, RankGroup
 from sparsek_dist.training.optim import build_optimizer, learning_rate, set_learning_rate
 
-DEPTHS = (0.0, 0.5)
-"""Of pass keys: at the beginning, in the middle."""
+DISTILLED_BATCHES = 4
+"""Steps of the dense model's training that scorers are fitted to."""
 TUNING_RATE = 0.3
 """Peak learning rate of tuning, as a share of that of training."""
 
@@ -49,36 +50,50 @@ class Study:
             self._corpus = text.corpus(self.scale)
         return self._corpus
 
-    def dense_folder(self, cell: Cell) -> Path:
-        """Where the model with full attention of a cell's task and seed is kept, for the cells that convert it."""
-        return self.out / f"dense-{cell.base}-{cell.seed}"
+    def folder(self, dense: Cell) -> Path:
+        """Where a model is kept that others start from."""
+        return self.out / f"dense-{dense.task}-{dense.seed}"
 
 
 def run_cell(cell: Cell, study: Study) -> dict[str, Any]:
     """Trains and measures one model; all there is to know about it, fit for JSON."""
-    folder = study.dense_folder(cell)
-    if cell.converts and not folder.is_dir():
-        dense, _ = trained(Cell(task=cell.base, kind="full", seed=cell.seed), study)
-        keep(dense, folder)
     model, row = trained(cell, study)
+    if cell.kind == "full" and not (folder := study.folder(cell)).is_dir():
+        keep(model, folder)
     began = time.perf_counter()
     row |= _measure_recall(model, study.scale.recall) if cell.base == "recall" else _measure_text(model, cell, study)
-    if cell.kind == "full" and not folder.is_dir():
-        keep(model, folder)
     return row | {"measure_seconds": time.perf_counter() - began}
 
 
 def trained(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
-    """The model of a cell, in evaluation mode, and what its training was; in bfloat16 on a GPU."""
+    """The model of a cell, in evaluation mode, and what its training was; in bfloat16 on a GPU.
+
+    The model that it starts from is trained first, if it is not there yet.
+    """
+    if cell.source and not (folder := study.folder(cell.source)).is_dir():
+        keep(trained(cell.source, study)[0], folder)
     config = configuration(cell, study)
     vocab_size = recall.vocab_size(study.scale.recall) if cell.base == "recall" else text.VOCAB
     model: Any = build_model(config, Mesh(), vocab_size=vocab_size).to(study.device)
     if study.device.type == "cuda":
         model.to(torch.bfloat16)
+    if cell.distilled:
+        _distil(model, cell, study)
     row: dict[str, Any] = {"parameters": count_parameters(config, vocab_size=vocab_size)}
     if config.train.steps > 0:
         row |= train(model, config, _batches(cell, study), scorer_rate=cell.scorer_rate)
     return model.eval(), row
+
+
+def _distil(model: Any, cell: Cell, study: Study) -> None:
+    """Starts the scorers from what the dense model attends to, out of sight, in the contexts that it was trained on."""
+    source = cell.source
+    assert source is not None
+    dense: Any = build_model(configuration(replace(cell, kind="full"), study), Mesh(), vocab_size=text.VOCAB)
+    seen = _batches(source, study)
+    batches = [seen(step).input_ids for step in range(DISTILLED_BATCHES)]
+    window = configuration(cell, study).attention.window
+    start_scorers(model, fit_scorers(dense.to(study.device), batches, window=window, std=cell.std))
 
 
 def keep(model: Any, folder: Path) -> None:
@@ -92,14 +107,17 @@ def configuration(cell: Cell, study: Study) -> Config:
     """The project's settings of a cell."""
     task = study.scale.task(cell.base)
     steps, rate, model = task.steps, task.learning_rate, task.model
+    if cell.source:
+        model = ModelConfig(source=str(study.folder(cell.source)))
     if cell.converts:
-        source = str(study.dense_folder(cell))
-        steps, rate, model = math.ceil(cell.share * steps), rate * TUNING_RATE, ModelConfig(source=source)
+        steps, rate = math.ceil(cell.share * steps), rate * TUNING_RATE
+    # A model of short contexts numbers the positions of the long ones that it will go on with.
+    length = task.length if cell.base == "recall" else study.scale.text.length
     return Config(
         run=RunConfig(seed=cell.seed),
         model=model,
         attention=cell.attention(task.window),
-        data=DataConfig(sequence_length=task.length),
+        data=DataConfig(sequence_length=length),
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=steps // 10),
         train=TrainConfig(steps=steps, micro_batch_size=task.batch),
     )
@@ -111,7 +129,7 @@ def _batches(cell: Cell, study: Study) -> Callable[[int], Batch]:
     past = task.steps if cell.converts else 0
     if cell.base == "recall":
         return lambda step: recall.questions(task, size=task.batch, seed=(cell.seed, step + past)).batch
-    training = text.TrainingText(study.corpus, study.scale, seed=cell.seed)
+    training = text.TrainingText(study.corpus, task, seed=cell.seed)
     return lambda step: training(step + past)
 
 
@@ -156,6 +174,7 @@ def train(model: Any, config: Config, batch_at: Callable[[int], Batch], *, score
     model.train()
     losses: list[Tensor] = []
     seconds: list[float] = []
+    tokens = 0
     for step in range(steps):
         batch = batch_at(step).to(device)
         began = _clock(device)
@@ -164,12 +183,13 @@ def train(model: Any, config: Config, batch_at: Callable[[int], Batch], *, score
         loss.backward()
         weights.step(learning_rate(step, config), config.optimizer.clip_norm)
         losses.append(loss.detach())
+        tokens += batch.input_ids.numel()
         seconds.append(_clock(device) - began)
     curve = torch.stack(losses).tolist()
     tenth = max(1, steps // 10)
     return {
         "steps": steps,
-        "tokens": steps * config.train.micro_batch_size * config.data.sequence_length,
+        "tokens": tokens,
         "step_seconds": statistics.median(seconds[5:] or seconds),
         "train_loss": [statistics.mean(curve[i : i + tenth]) for i in range(0, steps, tenth)],
     }
@@ -190,8 +210,8 @@ def _measure_recall(model: Any, task: Task) -> dict[str, Any]:
 
 def _measure_text(model: Any, cell: Cell, study: Study) -> dict[str, Any]:
     """Bits per byte on held-out packages, overall and by position; statistics of the selection; pass keys."""
-    scale, corpus = study.scale, study.corpus
-    batches = text.test_batches(corpus, scale)
+    corpus, task = study.corpus, study.scale.task(cell.base)
+    batches = text.test_batches(corpus, task)
     of_each = label_bytes(BYTES, corpus.held_out.store)
     use = measure(model, batches, label_bytes=of_each, device=model.device)
     first = batches[0].to(model.device)
@@ -203,9 +223,5 @@ def _measure_text(model: Any, cell: Cell, study: Study) -> dict[str, Any]:
         "selection": selection,
         "corpus": corpus.told,
     }
-    if cell.converts:
-        return row
-    keys = text.haystacks(text.TEST_KEYS, 0)
-    lengths = text.passkey_lengths(scale)
-    found = retrieve(model, keys, lengths=lengths, depths=DEPTHS, samples=scale.passkey_samples)
-    return row | {"passkey": [as_row(entry) for entry in found]}
+    keys = text.test_keys(corpus, study.scale)
+    return row | {"passkey": find_keys(model, keys, study.scale, longest=task.length)}

@@ -1,23 +1,21 @@
-"""Real long text that is there already: the sources of installed Python packages, each one long document of bytes.
-
-Some contexts hold pass keys instead, or no model trained on so little would know what the question means: haystacks of
-all lengths that the passkey task asks for, from other seeds than its own.
-"""
+"""Real long text that is there already: the sources of installed Python packages, each one long document of bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import sysconfig
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.quality.scales import Scale
+from benchmarks.quality.needles import hidden_keys, write_keys
+from benchmarks.quality.scales import Scale, Task
 from sparsek_dist.data.loader import Batch, Loader, evaluation_batches
 from sparsek_dist.data.packing import IGNORED, Contexts
 from sparsek_dist.data.store import TokenStore
@@ -30,10 +28,8 @@ HELD_OUT = ("deepspeed", "networkx", "numpy", "rich")
 END = 256
 """The byte tokenizer's one special token."""
 VOCAB = 257
-PASSKEY_SHARE = 4
-"""One context in so many holds pass keys."""
-TRAINING_KEYS, TEST_KEYS = 1, 2
-"""Seeds of haystacks begin with it: what is tested was not trained on."""
+HAY_BYTES = 1_000_000
+"""Of the held-out text, that pass keys are hidden in."""
 _SKIPPED = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -100,48 +96,35 @@ def _store(documents: list[bytes], length: int) -> TokenStore:
     return TokenStore(tokens, offsets, num_bytes=int((tokens < END).sum()), fingerprint="")
 
 
-def haystacks(purpose: int, seed: int) -> Haystacks:
-    """Of pass keys in sentences, for `TRAINING_KEYS` or `TEST_KEYS`."""
-    seed = 1000 * purpose + seed
-    return Haystacks(lambda text: list(text.encode()), END, task="passkey", num_needles=1, seed=seed)
-
-
-def passkey_lengths(scale: Scale) -> list[int]:
-    """1x to 16x the window, but long enough for the question itself."""
-    shortest = 112
-    return sorted({max(distance, shortest) for distance in scale.text.distances})
-
-
 class TrainingText:
-    """The batch [b, n] of every step: a pure function of seed and step."""
+    """The batch [b, n] of every step, pass keys in every second context: a pure function of seed and step."""
 
-    def __init__(self, text: Corpus, scale: Scale, *, seed: int) -> None:
-        self._loader = Loader(text.train, seed=seed, sequences_per_step=scale.text.batch)
-        self._scale, self._seed = scale, seed
-        self._hay = haystacks(TRAINING_KEYS, seed)
+    def __init__(self, text: Corpus, task: Task, *, seed: int) -> None:
+        store, self._stages, self._seed = text.train.store, task.stages, seed
+        self._loaders = [
+            Loader(Contexts(store, stage.length), seed=seed, sequences_per_step=stage.batch) for stage in task.stages
+        ]
 
     def __call__(self, step: int) -> Batch:
-        size = self._scale.text.batch
-        batch = self._loader.micro_batch(step, 0, data_rank=0, data_degree=1, micro_batch_size=size)
-        for row in range(size):
-            if (step * size + row) % PASSKEY_SHARE == 0:
-                batch.input_ids[row], batch.labels[row] = self._passkeys(step * size + row)
+        ends = list(accumulate(stage.steps for stage in self._stages))
+        # Tuning goes on in the last stage.
+        place = min(bisect_right(ends, step), len(ends) - 1)
+        size = self._stages[place].batch
+        batch = self._loaders[place].micro_batch(step, 0, data_rank=0, data_degree=1, micro_batch_size=size)
+        for row, (ids, labels) in enumerate(zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True)):
+            if row % 2 == 0:
+                write_keys(ids, (self._seed, step, row))
+            labels[:-1] = np.where(labels[:-1] == IGNORED, IGNORED, ids[1:])
         return batch
 
-    def _passkeys(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids and labels [n]: haystacks one after the other as one document, each asking for the key it just told."""
-        n, lengths = self._scale.text.length, passkey_lengths(self._scale)
-        draw = np.random.default_rng([TRAINING_KEYS, self._seed, index])
-        ids: list[int] = []
-        while len(ids) <= n:
-            made = self._hay.sample(int(draw.choice(lengths)), float(draw.random()), index * 1000 + len(ids))
-            ids += [*made.prompt, *made.answer]
-        tokens = torch.tensor(ids[: n + 1])
-        return tokens[:-1], torch.where(tokens[1:] == END, IGNORED, tokens[1:])
+
+def test_batches(text: Corpus, task: Task) -> list[Batch]:
+    contexts = Contexts(text.held_out.store, task.length)
+    limit = task.eval_contexts
+    return list(evaluation_batches(contexts, batch_size=task.batch, limit=limit, data_rank=0, data_degree=1))
 
 
-def test_batches(text: Corpus, scale: Scale) -> list[Batch]:
-    size = scale.text.batch
-    return list(
-        evaluation_batches(text.held_out, batch_size=size, limit=scale.text.eval_contexts, data_rank=0, data_degree=1)
-    )
+def test_keys(text: Corpus, scale: Scale) -> Haystacks:
+    """Texts out of the held-out packages, with pass keys hidden in them."""
+    tokens = text.held_out.store.tokens[:HAY_BYTES]
+    return hidden_keys(tokens[tokens < END].astype(np.uint8).tobytes().decode(errors="replace"), END, scale)

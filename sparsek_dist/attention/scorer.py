@@ -11,14 +11,18 @@ from sparsek_dist.config import NUM_SINKS
 class ScoringNetwork(nn.Module):
     """u = X w_score + slope * position (arXiv 2406.16747): one score per token and KV head, whatever the query.
 
-    One score per KV head, not per query head, because the cache holds one pair per KV head; and weights of variance
-    std^2 / e, so that scores of a normalised input start with standard deviation std (both our choices).
+    One score per KV head, not per query head, because the cache holds one pair per KV head; weights of variance
+    std^2 / e, so that scores of a normalised input start with standard deviation std; and a slope of its own for each
+    head, from `slope` for the first to `slope * slope_ratio` for the last, so that some remember the near and some the
+    far (all our choices).
     """
 
-    def __init__(self, hidden_size: int, num_kv_heads: int, *, std: float, slope: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_kv_heads: int, *, std: float, slope: float, slope_ratio: float = 1.0
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_kv_heads, hidden_size))
-        self.slope = slope
+        self.slope, self.slope_ratio = slope, slope_ratio
         nn.init.normal_(self.weight, std=std * hidden_size**-0.5)
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
@@ -28,7 +32,13 @@ class ScoringNetwork(nn.Module):
         """
         precise = torch.promote_types(hidden.dtype, torch.float32)
         scores = hidden.to(precise) @ self.weight.to(precise).T
-        return scores + self.slope * position_ids.to(precise).unsqueeze(-1)
+        return scores + self.slopes(scores) * position_ids.to(precise).unsqueeze(-1)
+
+    def slopes(self, like: Tensor) -> Tensor:
+        """[g], with the type and device of `like`; computed anew, as a buffer would follow the weights to bfloat16."""
+        heads = len(self.weight)
+        place = torch.arange(heads, dtype=like.dtype, device=like.device) / max(1, heads - 1)
+        return self.slope * self.slope_ratio**place
 
 
 class RandomScores(nn.Module):

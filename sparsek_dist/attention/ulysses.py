@@ -60,8 +60,19 @@ def _within_documents(query: Tensor, key: Tensor, value: Tensor, positions: Tens
         edges = sorted({0, len(row), *begins})
         lengths = [end - begin for begin, end in pairwise(edges)]
         parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        attended = [
-            F.scaled_dot_product_attention(a, b, c, is_causal=True, scale=scale, enable_gqa=True) for a, b, c in parts
-        ]
+        attended = [_attend(*part, scale) for part in parts]
         rows.append(torch.cat(attended, dim=1).transpose(0, 1))
     return torch.stack(rows)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention [h, n, d] over [g, n, d], by a kernel without an [n, n] matrix.
+
+    Those kernels want a batch dimension, and in float32 as many KV heads as query heads: else torch takes the plain
+    formula without a word.
+    """
+    if query.dtype == torch.float32:
+        key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))
+    shared = len(key) < len(query)
+    batch = (x.unsqueeze(0) for x in (query, key, value))
+    return F.scaled_dot_product_attention(*batch, is_causal=True, scale=scale, enable_gqa=shared)[0]

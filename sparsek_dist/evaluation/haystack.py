@@ -24,7 +24,7 @@ _SUBJECTS = ("The miller", "A heron", "The old ferry", "Her neighbour", "The nig
 _VERBS = ("waits beside", "walks along", "looks across", "turns away from", "comes back to", "passes", "remembers")
 _OBJECTS = ("the river", "the orchard", "a wooden gate", "the market square", "the harbour wall", "an empty field")
 _TIMES = ("in the morning", "before the rain", "every autumn", "after supper", "when the bells ring", "without a word")
-_NAMES = (
+NAMES = (
     "amber",
     "birch",
     "copper",
@@ -38,7 +38,17 @@ _NAMES = (
     "lilac",
     "maple",
 )
-MAX_NEEDLES = len(_NAMES)
+MAX_NEEDLES = len(NAMES)
+
+
+def needle(key: str, name: str = "") -> str:
+    """What a text says once: the pass key, or that of a name."""
+    return f"The pass key{f' of {name}' if name else ''} is {key}. Remember it. "
+
+
+def question(name: str = "") -> str:
+    """What it asks for at its end; " KEY" comes next. The space goes with the number, as most tokenizers have it."""
+    return f"What is the pass key{f' of {name}' if name else ''}? The pass key is"
 
 
 @dataclass(frozen=True)
@@ -94,18 +104,16 @@ class Haystacks:
             ConfigError: if the length has no room for the needles and the question.
         """
         draw = np.random.default_rng([self._seed, length, index])
-        names = [_NAMES[i] for i in draw.permutation(MAX_NEEDLES)[: self._num_needles]]
+        names = [NAMES[i] for i in draw.permutation(MAX_NEEDLES)[: self._num_needles]]
         keys = [f"{key:0{DIGITS}d}" for key in draw.choice(10**DIGITS, self._num_needles, replace=False).tolist()]
         others = draw.random(self._num_needles - 1)
         if self._task == "chain":
             # A link stands after the one it refers to.
             others = depth + (1 - depth) * np.sort(others)
-        needles = [self._encode(f"{said} Remember it. ") for said in self._said(names, keys)]
-        asked = {"passkey": "", "needles": f" of {names[0]}", "chain": f" of {names[-1]}"}[self._task]
-        # The space goes with the number, as most tokenizers would have it.
-        question = self._encode(f"What is the pass key{asked}? The pass key is")
+        needles = [self._encode(said) for said in self._said(names, keys)]
+        asked = self._encode(question({"passkey": "", "needles": names[0], "chain": names[-1]}[self._task]))
         answer = self._encode(f" {keys[0]}")
-        room = length - 1 - sum(map(len, needles)) - len(question) - len(answer)
+        room = length - 1 - sum(map(len, needles)) - len(asked) - len(answer)
         if room < 0:
             raise ConfigError(f"--lengths = {length} is too short: needles and question alone take {length - room}")
         hay = self._hay(draw, room)
@@ -113,18 +121,17 @@ class Haystacks:
         # From the last place to the first, so that earlier places stay where they are; of one place, the last link
         # first, so that the others come before it.
         pairs = list(zip(places, needles, strict=True))
-        for place, needle in sorted(pairs[::-1] if self._task == "chain" else pairs, key=lambda pair: -pair[0]):
-            hay.insert(place, needle)
-        return Sample([self._first, *(token for piece in hay for token in piece), *question], answer)
+        for place, said in sorted(pairs[::-1] if self._task == "chain" else pairs, key=lambda pair: -pair[0]):
+            hay.insert(place, said)
+        return Sample([self._first, *(token for piece in hay for token in piece), *asked], answer)
 
     def _said(self, names: list[str], keys: list[str]) -> list[str]:
         """What the needles say; the first holds the answer."""
         if self._task == "passkey":
-            return [f"The pass key is {keys[0]}."]
+            return [needle(keys[0])]
         if self._task == "needles":
-            return [f"The pass key of {name} is {key}." for name, key in zip(names, keys, strict=True)]
-        links = [f"The pass key of {name} is that of {before}." for before, name in pairwise(names)]
-        return [f"The pass key of {names[0]} is {keys[0]}.", *links]
+            return [needle(key, name) for name, key in zip(names, keys, strict=True)]
+        return [needle(keys[0], names[0]), *(needle(f"that of {before}", name) for before, name in pairwise(names))]
 
     def _hay(self, draw: np.random.Generator, room: int) -> list[list[int]]:
         """Sentences, each as ids, until the next one would not fit."""

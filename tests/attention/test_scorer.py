@@ -30,6 +30,22 @@ def test_slope_prefers_newer_tokens_by_its_amount():
     torch.testing.assert_close(steps, torch.full_like(steps, 0.25))
 
 
+def test_slopes_of_heads_fall_in_equal_ratios():
+    scorer = ScoringNetwork(8, 4, std=1.0, slope=0.5, slope_ratio=1 / 64)
+    hidden = torch.randn(1, 1, 8).expand(1, 5, 8)
+    steps = scorer(hidden, _positions(5)).diff(dim=1)
+    expected = torch.tensor([1 / 2, 1 / 8, 1 / 32, 1 / 128])
+    torch.testing.assert_close(steps, expected.expand_as(steps), atol=1e-6, rtol=1e-4)
+    # The first of one head is the last, too.
+    alone = ScoringNetwork(8, 1, std=1.0, slope=0.5, slope_ratio=1 / 64)
+    assert alone.slopes(torch.zeros(())).tolist() == [0.5]
+
+
+def test_equal_slopes_are_exact_and_survive_bfloat16_weights():
+    scorer = ScoringNetwork(8, 3, std=1.0, slope=0.3).to(torch.bfloat16)
+    assert torch.equal(scorer.slopes(torch.zeros(())), torch.full((3,), 0.3))
+
+
 def test_scores_are_float32_at_least_whatever_the_model():
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         scorer = ScoringNetwork(8, 2, std=1.0, slope=0.0).to(dtype)
