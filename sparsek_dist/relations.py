@@ -43,6 +43,7 @@ AT_LEAST_ONE = frozenset(
         "model.head_dim",
         "model.hidden_size",
         "model.intermediate_size",
+        "model.max_positions",
         "model.num_kv_heads",
         "model.num_layers",
         "model.num_query_heads",
@@ -122,6 +123,9 @@ def _model(config: Config) -> Iterator[str]:
         )
     if model.head_dim % 2:
         yield f"model.head_dim = {model.head_dim} must be even for rotary positions: use {model.head_dim + 1}"
+    length = config.data.sequence_length
+    if model.max_positions is not None and model.max_positions < length:
+        yield f"model.max_positions = {model.max_positions} is less than data.sequence_length = {length}: raise it"
 
 
 def _source(config: Config) -> Iterator[str]:

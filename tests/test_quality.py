@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import recall, text
-from benchmarks.quality.cells import TASKS, Cell, grid
+from benchmarks.quality.cells import BASELINES, TASKS, Cell, grid
 from benchmarks.quality.log import Log
+from benchmarks.quality.needles import write_keys
 from benchmarks.quality.plots import FIRST_POSITION, plot_convert, plot_text
 from benchmarks.quality.report import report
-from benchmarks.quality.run import MasterWeights, Study, run_cell
-from benchmarks.quality.scales import CPU, GPU, SCALES
+from benchmarks.quality.run import MasterWeights, Study, configuration, run_cell, trained
+from benchmarks.quality.scales import CPU, GPU, SCALES, Stage
 from benchmarks.quality.summary import mean_error, paired
 from sparsek_dist.config import Config, ModelConfig, OptimizerConfig
 from sparsek_dist.models.build import build_model
 from sparsek_dist.parallel.mesh import Mesh
 
 _SHAPE = ModelConfig(hidden_size=16, intermediate_size=16, num_layers=1, num_query_heads=1, num_kv_heads=1, head_dim=16)
+_TEXT = replace(
+    CPU.text,
+    stages=(Stage(256, 2, 1), Stage(512, 1, 1)),
+    window=64,
+    eval_contexts=2,
+    model=replace(_SHAPE, max_positions=512),
+)
 TINY = replace(
     CPU,
     name="tiny",
-    recall=replace(CPU.recall, steps=2, batch=2, eval_contexts=8, model=_SHAPE),
-    text=replace(CPU.text, length=256, window=8, steps=2, batch=2, eval_contexts=4, model=_SHAPE),
+    recall=replace(CPU.recall, stages=(Stage(160, 2, 2),), eval_contexts=8, model=_SHAPE),
+    short=replace(_TEXT, stages=(Stage(128, 2, 2),)),
+    text=_TEXT,
     package_bytes=20_000,
     passkey_samples=1,
     shares=(0.0, 0.5),
@@ -80,19 +91,73 @@ def test_text_is_long_and_held_out_packages_are_not_trained_on():
     for contexts in (corpus.train, corpus.held_out):
         # Each context is one stretch of one document.
         assert all((context.position_ids == range(TINY.text.length)).all() for context in contexts)
-    training = text.TrainingText(corpus, TINY, seed=0)
+    training = text.TrainingText(corpus, TINY.text, seed=0)
+    shapes = [tuple(training(step).input_ids.shape) for step in range(4)]
+    # Tuning goes on in the last stage.
+    assert shapes == [(2, 256), (1, 512), (1, 512), (1, 512)]
     batch = training(0)
-    written = bytes(token for token in batch.input_ids[0].tolist() if token < text.END)
-    assert b"What is the pass key? The pass key is" in written
-    assert torch.equal(batch.labels[0, :50], batch.input_ids[0, 1:51])
+    with_keys, without = (bytes(token for token in row.tolist() if token < text.END) for row in batch.input_ids)
+    assert b"Remember it." in with_keys and b"Remember it." not in without
+    inside = batch.labels[:, :-1] >= 0
+    assert inside.float().mean() > 0.9
+    assert torch.equal(batch.labels[:, :-1][inside], batch.input_ids[:, 1:][inside])
     assert torch.equal(training(0).input_ids, batch.input_ids)
-    assert not torch.equal(training(2).input_ids, batch.input_ids)
+    assert not torch.equal(training(3).input_ids, training(2).input_ids)
+
+
+def test_every_key_is_told_before_it_is_asked_for_and_the_text_between_is_left():
+    needles = re.compile(r"\nThe pass key of (\w+) is (\d{5})\. Remember it\.\n")
+    questions = re.compile(r"\nWhat is the pass key of (\w+)\? The pass key is (\d{5})\.\n")
+    counts = set()
+    for index in range(30):
+        tokens = np.full(1024, ord("~"))
+        write_keys(tokens, (0, index))
+        written = bytes(tokens.tolist()).decode()
+        told, asked = ({m[1]: (m[2], m.start()) for m in x.finditer(written)} for x in (needles, questions))
+        assert {name: key for name, (key, _) in told.items()} == {name: key for name, (key, _) in asked.items()}
+        assert all(told[name][1] < place for name, (_, place) in asked.items())
+        assert written.count("pass key") == 3 * len(told) > 0
+        assert written.count("~") >= len(written) // 4
+        counts.add(len(told))
+    # How many there are is no hint.
+    assert counts == set(range(1, 7))
+
+
+@pytest.mark.parametrize("kind", [*BASELINES, "sparsek"])
+def test_short_contexts_are_the_same_task_for_every_kind(kind, tmp_path):
+    for scale in SCALES.values():
+        assert scale.short.length <= 2 * scale.short.window and scale.short.window == scale.text.window
+    study = Study(TINY, tmp_path, torch.device("cpu"))
+    dense, _ = trained(Cell(task="text", kind="full"), study)
+    model: torch.nn.Module = build_model(
+        configuration(Cell(task="text", kind=kind, gate="key_value", slope=4.0), study), Mesh(), vocab_size=text.VOCAB
+    )
+    model.load_state_dict(dense.state_dict(), strict=False)
+    ids = torch.randint(256, (2, TINY.short.length), generator=torch.Generator().manual_seed(0))
+    logits = model(input_ids=ids, position_ids=torch.arange(TINY.short.length)[None]).logits
+    torch.testing.assert_close(logits, dense(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    logits.square().mean().backward()
+    grads = [weight.grad for name, weight in model.named_parameters() if ".scorer." in name]
+    assert len(grads) == (kind == "sparsek")
+    assert all(grad is None or not grad.any() for grad in grads)
+
+
+def test_distilled_scorers_start_elsewhere_and_all_else_where_it_was(tmp_path):
+    study = Study(replace(TINY, shares=(0.0,)), tmp_path, torch.device("cpu"))
+    plain, fitted = (
+        trained(Cell(task="convert-text", share=0.0, distilled=distilled), study)[0].state_dict()
+        for distilled in (False, True)
+    )
+    assert {name for name in plain if not torch.equal(plain[name], fitted[name])} == {
+        name for name in plain if ".scorer." in name
+    }
 
 
 def test_the_grid_holds_every_kind_once_at_equal_budget():
     for scale in SCALES.values():
         cells = grid(scale)
         assert len({cell.name for cell in cells}) == len(cells)
+        assert cells[0] == Cell(task="short", kind="full")
         first = [cell.kind for cell in cells if cell.task == "text" and cell.seed == 0][:5]
         assert set(first) == {"full", "window", "sink_window", "random", "sparsek"}
         wanted = {(g, s, p) for g in ("straight_through", "value", "key_value") for s in (1.0, 3.0) for p in (0.0, 1.0)}
@@ -102,6 +167,7 @@ def test_the_grid_holds_every_kind_once_at_equal_budget():
             attention = cell.attention(window)
             assert attention.num_selected + attention.window == 2 * window
             assert attention.slope * 16 * window == pytest.approx(cell.slope)
+            assert not cell.source or cell.source in cells
         assert {cell.share for cell in cells if cell.converts} == set(scale.shares) >= {0.0, 0.01, 0.02, 0.05}
 
 
@@ -146,17 +212,18 @@ def test_a_study_stops_goes_on_and_reports(monkeypatch, tmp_path, capsys):
     assert len(log.done()) == 4
     with log.path.open("a") as file:
         file.write('{"name": "cut short')
-    command.main([*arguments, "--tasks", "recall", "text", "convert-recall", "convert-text"])
+    command.main(arguments)
     assert log.path.read_text().startswith(before)
     rows = {row["name"]: row for row in log.rows()}
-    assert len(rows) == len(log.rows()) == 4 + 4 + 2 * 3 * 2
+    assert len(rows) == len(log.rows()) == 4 + 1 + 4 + 2 * 3 * 2
     untuned = rows["convert-text/random/0/seed 0"]
     assert "steps" not in untuned and rows["convert-text/random/0.5/seed 0"]["steps"] == 1
     assert all(math.isfinite(row["bits_per_byte"]) for row in rows.values() if "text" in row["task"])
     command.main([*arguments, "--report", "--name", "told"])
     told = (tmp_path / "told.md").read_text()
     assert "sparsek, straight_through, std 1 | 1 |" in told
-    for task in TASKS:
+    assert all(f"## {task}\n" in told for task in TASKS)
+    for task in set(TASKS) - {"short"}:
         assert (tmp_path / f"told_{task}.png").stat().st_size > 5000
 
 
@@ -177,11 +244,11 @@ def _curves(axes):
 def test_the_plot_of_text_shows_a_variant_in_one_colour_where_targets_are_many():
     bins = [{"first": 2**i, "last": 2 ** (i + 1) - 1, "bits_per_byte": 2.0} for i in range(8)]
     rows = [
-        {"variant": kind, "seed": 0, "by_position": bins, "passkey": [{"length": 8, "log_likelihood": -11.5}]}
-        for kind in ("sparsek, value, std 1", "full", "window", "random")
+        {"variant": kind, "seed": 0, "by_position": bins, "passkey": [{"length": 8, "accuracy": 0.5}]}
+        for kind in ("sparsek, value, std 1", "full", "sink_window", "random")
     ]
     by_position, keys = (_curves(axes) for axes in plot_text(rows).axes)
-    assert set(by_position) == set(keys) - {"window"}
+    assert set(by_position) == set(keys) - {"sink_window"}
     for name, curve in by_position.items():
         assert curve.get_color() == keys[name].get_color()
         assert min(curve.get_xdata()) == 2 * FIRST_POSITION - 1
@@ -201,5 +268,5 @@ def test_a_dense_model_is_trained_where_it_is_missing(tmp_path):
     cell = Cell(task="convert-recall", kind="window", share=0.5)
     row = run_cell(cell, study)
     assert row["steps"] == 1
-    assert json.loads((study.dense_folder(cell) / "config.json").read_text())["model_type"] == "llama"
+    assert json.loads((study.folder(cell.source) / "config.json").read_text())["model_type"] == "llama"
     assert report([cell.as_row() | row], tmp_path, "x").is_file()

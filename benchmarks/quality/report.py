@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from benchmarks.quality.plots import PLOTS, plot_convert
-from benchmarks.quality.summary import Read, Row, by_variant, layers, mean_error, paired, passkey, passkey_lengths
+from benchmarks.quality.summary import Read, Row, by_variant, keys_found, layers, mean_error, paired
 
 Metric = tuple[str, Read, int]
 """Heading, how to read it off a finished cell, and digits behind the point."""
@@ -23,16 +25,23 @@ def report(rows: Sequence[Row], out: Path, name: str) -> Path:
         mine = [row for row in rows if row["task"] == task]
         if not mine:
             continue
-        base = task.removeprefix("convert-")
-        dense = [row for row in rows if row["task"] == base and row["kind"] == "full"]
-        figure = PLOTS[task](mine) if task == base else plot_convert(mine, dense, *CONVERTED[base])
-        figure.savefig(out / f"{name}_{task}.png", dpi=80)
-        parts += [f"## {task}\n", *_tables(task, mine, metrics), f"![{task}]({name}_{task}.png)\n"]
+        parts += [f"## {task}\n", *_tables(task, mine, metrics)]
+        if figure := _figure(task, mine, rows):
+            figure.savefig(out / f"{name}_{task}.png", dpi=80)
+            parts.append(f"![{task}]({name}_{task}.png)\n")
     text = "\n".join(parts)
     path = out / f"{name}.md"
     path.write_text(text)
     print(text)
     return path
+
+
+def _figure(task: str, mine: Sequence[Row], rows: Sequence[Row]) -> Figure | None:
+    if task in PLOTS:
+        return PLOTS[task](mine)
+    base = task.removeprefix("convert-")
+    dense = [row for row in rows if row["task"] == base and row["kind"] == "full"]
+    return plot_convert(mine, dense, *CONVERTED[base]) if task != base else None
 
 
 def _provenance(rows: Sequence[Row]) -> str:
@@ -116,8 +125,18 @@ def _tail(row: Row) -> float:
     return row["by_position"][-1]["bits_per_byte"]
 
 
-def _passkey(index: int) -> Read:
-    return lambda row: passkey(row, passkey_lengths(row)[index])
+def _far(row: Row) -> float:
+    """What the last targets cost more with the shortest of their contexts than with the whole."""
+    return row["by_length"][0]["change"]
+
+
+def _keys(windows: int) -> Read:
+    """Of texts so many times as long as those in which all kinds see everything."""
+
+    def read(row: Row) -> float:
+        return keys_found(row, windows * min(cell["length"] for cell in row["passkey"]))
+
+    return read
 
 
 METRICS: dict[str, list[Metric]] = {
@@ -129,15 +148,16 @@ METRICS: dict[str, list[Metric]] = {
         ("support / k", _where_kept("support"), 2),
         ("ms a step", _milliseconds, 0),
     ],
+    "short": [("bits per byte", _bits, 4), ("keys found", _keys(1), 2), ("ms a step", _milliseconds, 0)],
     "text": [
         ("bits per byte", _bits, 4),
         ("last half", _tail, 4),
-        ("pass key, shortest", _passkey(0), 2),
-        ("longest", _passkey(-1), 2),
+        ("with less context", _far, 4),
+        *((f"keys at {windows}x", _keys(windows), 2) for windows in (1, 2, 4, 8, 16, 32)),
         ("ms a step", _milliseconds, 0),
     ],
     "convert-recall": [("accuracy", _accuracy, 3), ("facts kept", _where_kept("kept"), 2)],
-    "convert-text": [("bits per byte", _bits, 4), ("last half", _tail, 4)],
+    "convert-text": [("bits per byte", _bits, 4), ("last half", _tail, 4), ("keys at 8x", _keys(8), 2)],
 }
 CONVERTED: dict[str, tuple[str, Read, bool]] = {
     "recall": ("share of questions answered", _accuracy, False),

@@ -111,13 +111,11 @@ def configuration(cell: Cell, study: Study) -> Config:
         model = ModelConfig(source=str(study.folder(cell.source)))
     if cell.converts:
         steps, rate = math.ceil(cell.share * steps), rate * TUNING_RATE
-    # A model of short contexts numbers the positions of the long ones that it will go on with.
-    length = task.length if cell.base == "recall" else study.scale.text.length
     return Config(
         run=RunConfig(seed=cell.seed),
         model=model,
         attention=cell.attention(task.window),
-        data=DataConfig(sequence_length=length),
+        data=DataConfig(sequence_length=task.length),
         optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=steps // 10),
         train=TrainConfig(steps=steps, micro_batch_size=task.batch),
     )

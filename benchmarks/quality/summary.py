@@ -43,9 +43,10 @@ def layers(row: Row, name: str) -> list[float]:
     return found
 
 
-def passkey(row: Row, length: int) -> float:
-    """Mean log likelihood of the pass key over the depths of one length, in nats."""
-    return statistics.mean(cell["log_likelihood"] for cell in row["passkey"] if cell["length"] == length)
+def keys_found(row: Row, length: int) -> float:
+    """Share of the pass keys that are found in texts of one length, over its depths; NaN if there are none."""
+    shares = [cell["accuracy"] for cell in row["passkey"] if cell["length"] == length]
+    return statistics.mean(shares) if shares else math.nan
 
 
 def passkey_lengths(row: Row) -> list[int]:

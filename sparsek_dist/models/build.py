@@ -82,7 +82,7 @@ def model_spec(config: Config, *, vocab_size: int) -> PreTrainedConfig:
         num_attention_heads=m.num_query_heads,
         num_key_value_heads=m.num_kv_heads,
         head_dim=m.head_dim,
-        max_position_embeddings=config.data.sequence_length,
+        max_position_embeddings=m.max_positions or config.data.sequence_length,
         rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
         initializer_range=m.init_std,
         tie_word_embeddings=m.tie_embeddings,
