@@ -83,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     sparsify.add_argument("--seed", type=int, default=0, help="of the new scorers (0)")
     sparsify.add_argument("--no-attention-dropout", action="store_true", help="set the model's to 0 (GPT-2 has 0.1)")
     sparsify.add_argument("--distill", metavar="TEXT", type=Path, help="fit the scorers to what it attends to here")
+    sparsify.add_argument(
+        "--distill-length", metavar="N", type=int, help="tokens of its contexts: those it was trained on"
+    )
     sparsify.add_argument("overrides", metavar="attention.key=value", nargs="*", help="the attention it gets")
     sparsify.set_defaults(run=_sparsify)
 
@@ -219,6 +222,7 @@ def _sparsify(options: argparse.Namespace) -> None:
         attention_dropout_off=options.no_attention_dropout,
         dtype=options.dtype,
         distill=options.distill,
+        distill_length=options.distill_length,
     )
 
 

@@ -2,9 +2,9 @@
 
 Without training on them, no model this small would know what the question means. Every second context is trained on
 with up to 12 pass keys: each is told once, by its name, and asked for once, later in the same context. The others, and
-how many there are, are left to chance, so that a model that has seen none for long does not take one to be due: with
-as many in every context, that alone cost it 0.04 bits per byte of a text without any. What is tested was not trained
-on: other numbers, in other text. Words, lengths and depths are those of `sparsek eval`'s task `needles`.
+how many there are, are left to chance, so that a model that has seen none for long does not take one to be due: it
+then loses bits on every text without any. What is tested was not trained on: other numbers, in other text. Words,
+lengths and depths are those of `sparsek eval`'s task `needles`.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def _within_documents(query: Tensor, key: Tensor, value: Tensor, positions: Tens
         edges = sorted({0, len(row), *begins})
         lengths = [end - begin for begin, end in pairwise(edges)]
         parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        attended = [_attend(*part, scale) for part in parts]
+        attended = [_attend(a, b, c, scale) for a, b, c in parts]
         rows.append(torch.cat(attended, dim=1).transpose(0, 1))
     return torch.stack(rows)
 
@@ -74,5 +74,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     if query.dtype == torch.float32:
         key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))
     shared = len(key) < len(query)
-    batch = (x.unsqueeze(0) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*batch, is_causal=True, scale=scale, enable_gqa=shared)[0]
+    q, k, v = (x.unsqueeze(0) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)[0]

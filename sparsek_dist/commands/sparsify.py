@@ -31,6 +31,7 @@ def sparsify_folder(
     attention_dropout_off: bool,
     dtype: str,
     distill: Path | None = None,
+    distill_length: int | None = None,
 ) -> None:
     """Writes a converted model into a new folder.
 
@@ -40,17 +41,20 @@ def sparsify_folder(
         overrides: `attention.key=value`.
         dtype: of the weights; `auto` is as they are.
         distill: a plain-text file; scorers then begin by what the dense model attends to in it.
+        distill_length: tokens of the contexts that the model reads it in; more than the window.
     """
     other = [word for word in overrides if not word.startswith("attention.")]
     if other:
         raise ConfigError(f"{other[0]!r} is not about the attention: for instance attention.num_selected=256")
     settings = asdict(load(None, overrides).attention)
+    if distill is None and distill_length is not None:
+        raise ConfigError(f"--distill-length = {distill_length} fits nothing by itself: give a text with --distill")
     check_new(out)
     folder = fetch(name)
     model = load_dense(folder, dtype=dtype)
     tokenizer = tokenizer_beside(folder)
     before = sum(parameter.numel() for parameter in model.parameters())
-    fitted = None if distill is None else _fit(model, tokenizer, distill, settings)
+    fitted = None if distill is None else _fit(model, tokenizer, distill, settings, distill_length)
     sparsify(model, seed=seed, attention_dropout="off" if attention_dropout_off else "refuse", **settings)
     if fitted is not None:
         start_scorers(model, fitted)
@@ -67,7 +71,7 @@ def sparsify_folder(
     console.print(f"The scores are {begin}: fine-tune next, with model.source set to this folder")
 
 
-def _fit(model: Any, tokenizer: Any, text: Path, settings: dict[str, Any]) -> list[Tensor]:
+def _fit(model: Any, tokenizer: Any, text: Path, settings: dict[str, Any], length: int | None) -> list[Tensor]:
     if tokenizer is None:
         raise ConfigError("--distill reads text, but the model's folder has no tokenizer: put it there")
     if settings["kind"] != "sparsek":
@@ -77,9 +81,15 @@ def _fit(model: Any, tokenizer: Any, text: Path, settings: dict[str, Any]) -> li
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--distill = {text} cannot be read ({error}): give a plain-text file") from error
     tokens = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    window = settings["window"]
-    length = min(model.config.max_position_embeddings, max(DISTILL_LENGTH, 4 * window))
-    if len(tokens) < length or length < 2 * window:
+    window, known = settings["window"], model.config.max_position_embeddings
+    if length is not None and not window < length <= known:
+        raise ConfigError(
+            f"--distill-length = {length} must be more than attention.window = {window}, and at most the {known} "
+            "positions that the model knows: usually the length it was trained on"
+        )
+    least = 2 * window if length is None else length
+    length = length or min(known, max(DISTILL_LENGTH, 4 * window))
+    if len(tokens) < length or length < least:
         raise ConfigError(
             f"--distill = {text} holds {len(tokens)} tokens, and attention.window = {window} needs contexts of "
             f"{length}: give a longer text, or a shorter window"
