@@ -38,16 +38,16 @@ def draw(curves: dict[str, dict[int, float]], top: Any, bottom: Any) -> None:
     first, *rest = curves
     for index, (name, losses) in enumerate(curves.items()):
         style = "-" if index == 0 else "--"
-        top.plot(losses.keys(), losses.values(), label=name, linewidth=max(3 - index, 1), linestyle=style)
-    for name in rest:
+        top.plot(losses.keys(), losses.values(), f"C{index}", label=name, linewidth=max(3 - index, 1), linestyle=style)
+    for index, name in enumerate(rest, start=1):
         difference, step = largest_difference(curves[first], curves[name])
         print(f"{name} against {first}: loss differs by at most {difference:.2e} of its value, at step {step}")
         common = sorted(curves[first].keys() & curves[name].keys())
         relative = [abs(curves[name][i] - curves[first][i]) / abs(curves[first][i]) for i in common]
-        bottom.semilogy(common, [max(x, 1e-9) for x in relative], label=name)
+        bottom.semilogy(common, [max(x, 1e-9) for x in relative], f"C{index}", label=name)
     top.set_ylabel("training loss")
     top.legend()
-    bottom.set_ylabel("relative difference")
+    bottom.set_ylabel(f"difference to\n{first}, relative")
     bottom.set_xlabel("step")
 
 

@@ -117,16 +117,23 @@ def plot(result: dict[str, Any], path: Path) -> None:
     curves = {f"{x['precision']}, {x['gpus']} GPU": _curve(x) for x in result.get("curves", [])}
     if len(curves) > 1:
         draw(dict(sorted(curves.items(), key=lambda item: "float32, 1" not in item[0])), axes[0, 2], axes[1, 2])
-    figure.suptitle(f"{result['gpus']} GPUs that share sequences; {in_words(result['machine'])}", fontsize="medium")
+    title = f"{result['gpus']} GPUs that share sequences; {in_words(result['machine'])}"
+    added = [note for note in result["notes"] if ": added at " in note]
+    figure.suptitle("; ".join([title, *added]), fontsize="medium")
     save_figure(figure, path)
 
 
 def _plot_efficiency(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
-    for shared, label in ((True, "shared sequence"), (False, "data-parallel")):
-        mine = [x for x in rows if x["kind"] == "sparsek" and x["gpus"] > 1 and (x["degree"] > 1) == shared]
+    lines = (
+        ("sparsek", True, "SPARSEK, shared sequence"),
+        ("sparsek", False, "SPARSEK, data-parallel"),
+        ("full", True, "dense (Ulysses), shared sequence"),
+    )
+    for index, (kind, shared, label) in enumerate(lines):
+        mine = [x for x in rows if x["kind"] == kind and x["gpus"] > 1 and (x["degree"] > 1) == shared]
         points = [(x["tokens"], gain) for x in mine if (gain := efficiency(x, rows)) is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), "o-", label=label)
+            axis.plot(*zip(*points, strict=True), "o-", color=f"C{index}", label=label)
     axis.axhline(EFFICIENCY, color="grey", linestyle=":", label=f"goal {EFFICIENCY}")
     axis.set(xscale="log", xlabel="tokens per GPU", ylabel="tokens/s/GPU against one")
     at = sorted({x["tokens"] for x in rows})
