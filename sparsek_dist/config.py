@@ -114,10 +114,19 @@ class DataConfig:
     """`bytes`, or a folder or hub id of a transformers tokenizer."""
     sequence_length: int = 2048
     """Tokens of one context, over all sequence-parallel ranks."""
+    growth: str = "none"
+    """Shorter contexts to begin with, as in `1024x150,2048x100`: for so many steps each, of as many tokens as ever."""
     held_out: float = 0.05
     """Share of the documents kept for evaluation; 0 < held_out < 1."""
     cache: str = ".cache/tokens"
     """Folder for tokenised corpora; safe to delete."""
+
+    @property
+    def first_lengths(self) -> list[tuple[int, int]]:
+        """`growth` as (tokens of a context, steps). With a colon, YAML would read one pair as minutes and seconds."""
+        if self.growth == "none":
+            return []
+        return [(int(length), int(steps)) for length, steps in (part.split("x") for part in self.growth.split(","))]
 
 
 @dataclass(frozen=True, kw_only=True)

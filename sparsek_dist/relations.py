@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from sparsek_dist.config import Config
@@ -78,10 +79,11 @@ def problems(config: Config, flat: dict[str, Any]) -> list[str]:
         flat: dotted key -> value, of all settings.
     """
     # Relations between values that are wrong by themselves would only confuse.
+    alone = [*_ranges(flat)] or [*_growth(config)]
     if config.model.source is not None:
         # The shape of a pretrained model is known when its config is read; models/sharing.py then asks of it.
-        return [*_ranges(flat)] or [*_source(config), *_attention(config), *_rest(config)]
-    return [*_ranges(flat)] or [*_model(config), *sharding(config), *_attention(config), *_rest(config)]
+        return alone or [*_source(config), *_attention(config), *_rest(config)]
+    return alone or [*_model(config), *sharding(config), *_attention(config), *_rest(config)]
 
 
 def check_world_size(config: Config, world_size: int) -> None:
@@ -149,10 +151,29 @@ def sharding(config: Config) -> Iterator[str]:
             f"model.num_query_heads = {model.num_query_heads}, because {field} shares heads among ranks: use "
             f"{divisors(math.gcd(model.num_kv_heads, model.num_query_heads))}, or {cure}"
         )
-    length = config.data.sequence_length
-    told = f"data.sequence_length = {length} over parallel.sequence_degree = {degree}"
+    length, told = shortest_context(config)
     if attention.kind != "full" and (problem := short_shards(length, degree, attention.reach, told=told)):
         yield problem
+
+
+def _growth(config: Config) -> Iterator[str]:
+    """Contexts that grow: to the last length, each a divisor of it so that steps are of equal size, within the run."""
+    data = config.data
+    told = f"data.growth = {data.growth!r}"
+    if not re.fullmatch(r"none|\d+x\d+(,\d+x\d+)*", data.growth):
+        yield f"{told} is not a list of lengths and steps: use none, or for instance 1024x150,2048x100"
+        return
+    lengths = [length for length, _ in data.first_lengths]
+    if 0 in lengths or any(data.sequence_length % length for length in lengths):
+        yield f"{told}: each length must divide data.sequence_length = {data.sequence_length}, as its powers of two do"
+    elif any(long <= short for short, long in pairwise([*lengths, data.sequence_length])):
+        yield f"{told}: each length must exceed the one before, and data.sequence_length = {data.sequence_length} all"
+    steps = sum(steps for _, steps in data.first_lengths)
+    if lengths and steps >= config.train.steps:
+        yield (
+            f"{told} takes {steps} steps, which leaves none of train.steps = {config.train.steps} for contexts of "
+            f"data.sequence_length = {data.sequence_length}: raise train.steps, or take fewer"
+        )
 
 
 def _dense_layers(config: Config) -> tuple[str, str] | None:
@@ -162,6 +183,14 @@ def _dense_layers(config: Config) -> tuple[str, str] | None:
     if config.attention.full_layers != "none":
         return f"attention.full_layers = {config.attention.full_layers}", "attention.full_layers=none"
     return None
+
+
+def shortest_context(config: Config) -> tuple[int, str]:
+    """Tokens of the shortest contexts that are trained on, and words that name them and the degree."""
+    data, degree = config.data, config.parallel.sequence_degree
+    length, _ = data.first_lengths[0] if data.first_lengths else (data.sequence_length, 0)
+    told = f"data.growth = {data.growth!r}" if data.first_lengths else f"data.sequence_length = {length}"
+    return length, f"{told} over parallel.sequence_degree = {degree}"
 
 
 def short_shards(length: int, degree: int, window: int, *, told: str) -> str | None:

@@ -77,6 +77,15 @@ def test_distilled_start(folder, capsys):
         assert torch.equal(plain[name], fitted[name]) != (".scorer." in name), name
     capsys.readouterr()
     Path("short.txt").write_text("too short")
-    for text, message in (("short.txt", "holds 9 tokens"), ("missing.txt", "cannot be read")):
-        assert main(["sparsify", "MODEL", "--out", "more", "--distill", text, *small]) == 2
+    for words, message in (
+        (["--distill", "short.txt"], "holds 9 tokens"),
+        (["--distill", "missing.txt"], "cannot be read"),
+        (
+            ["--distill", "book.txt", "--distill-length", "16"],
+            "--distill-length = 16 must be more than attention.window",
+        ),
+        (["--distill", "book.txt", "--distill-length", "4096"], "at most the 2048 positions"),
+        (["--distill-length", "64"], "--distill-length = 64 fits nothing by itself"),
+    ):
+        assert main(["sparsify", "MODEL", "--out", "more", *words, *small]) == 2
         assert message in capsys.readouterr().err

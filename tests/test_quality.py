@@ -19,7 +19,7 @@ from benchmarks.quality.needles import write_keys
 from benchmarks.quality.plots import FIRST_POSITION, plot_convert, plot_text
 from benchmarks.quality.report import report
 from benchmarks.quality.run import MasterWeights, Study, configuration, run_cell, trained
-from benchmarks.quality.scales import CPU, GPU, SCALES, Stage
+from benchmarks.quality.scales import CPU, GPU, SCALES
 from benchmarks.quality.summary import mean_error, paired
 from sparsek_dist.config import Config, ModelConfig, OptimizerConfig
 from sparsek_dist.models.build import build_model
@@ -28,16 +28,19 @@ from sparsek_dist.parallel.mesh import Mesh
 _SHAPE = ModelConfig(hidden_size=16, intermediate_size=16, num_layers=1, num_query_heads=1, num_kv_heads=1, head_dim=16)
 _TEXT = replace(
     CPU.text,
-    stages=(Stage(256, 2, 1), Stage(512, 1, 1)),
+    length=512,
     window=64,
+    batch=1,
+    steps=2,
+    growth=((256, 1),),
     eval_contexts=2,
     model=replace(_SHAPE, max_positions=512),
 )
 TINY = replace(
     CPU,
     name="tiny",
-    recall=replace(CPU.recall, stages=(Stage(160, 2, 2),), eval_contexts=8, model=_SHAPE),
-    short=replace(_TEXT, stages=(Stage(128, 2, 2),)),
+    recall=replace(CPU.recall, batch=2, steps=2, eval_contexts=8, model=_SHAPE),
+    short=replace(_TEXT, length=128, batch=2, growth=()),
     text=_TEXT,
     package_bytes=20_000,
     passkey_samples=1,
@@ -93,7 +96,7 @@ def test_text_is_long_and_held_out_packages_are_not_trained_on():
         assert all((context.position_ids == range(TINY.text.length)).all() for context in contexts)
     training = text.TrainingText(corpus, TINY.text, seed=0)
     shapes = [tuple(training(step).input_ids.shape) for step in range(4)]
-    # Tuning goes on in the last stage.
+    # Tuning goes on at the full length.
     assert shapes == [(2, 256), (1, 512), (1, 512), (1, 512)]
     batch = training(0)
     with_keys, without = (bytes(token for token in row.tolist() if token < text.END) for row in batch.input_ids)

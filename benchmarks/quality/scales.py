@@ -7,41 +7,24 @@ from dataclasses import dataclass, replace
 from sparsek_dist.config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Stage:
-    length: int
-    """n: tokens of a context."""
-    batch: int
-    """Contexts per step."""
-    steps: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """Sizes of one task."""
 
-    stages: tuple[Stage, ...]
-    """Training, from the shortest contexts to those of the test."""
+    length: int
+    """n: tokens of a context."""
     window: int
     """w, and k: half of the budget of visible pairs."""
+    batch: int
+    """Contexts per step."""
+    steps: int
+    growth: tuple[tuple[int, int], ...] = ()
+    """Shorter contexts in the first of these steps, as in `data.growth`."""
     learning_rate: float
     model: ModelConfig
     eval_contexts: int
     guess_seconds: float
     """What one cell may take, until one was timed; see `--seconds`."""
-
-    @property
-    def length(self) -> int:
-        return self.stages[-1].length
-
-    @property
-    def batch(self) -> int:
-        """Of the last stage, of tuning after it, and of tests."""
-        return self.stages[-1].batch
-
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
 
     @property
     def distances(self) -> list[int]:
@@ -78,8 +61,11 @@ class Scale:
 
 
 _CPU_TEXT = Task(
-    stages=(Stage(256, 16, 60), Stage(512, 8, 50), Stage(1024, 4, 40)),
+    length=1024,
     window=64,
+    batch=4,
+    steps=150,
+    growth=((256, 60), (512, 50)),
     learning_rate=1e-3,
     # 0.9 million parameters, which find no pass keys after so little.
     model=ModelConfig(num_layers=4, init_std=0.08, max_positions=1024),
@@ -87,8 +73,11 @@ _CPU_TEXT = Task(
     guess_seconds=300,
 )
 _GPU_TEXT = Task(
-    stages=(Stage(1024, 64, 150), Stage(2048, 32, 120), Stage(4096, 16, 90), Stage(8192, 8, 60), Stage(16384, 4, 60)),
+    length=16384,
     window=256,
+    batch=4,
+    steps=480,
+    growth=((1024, 150), (2048, 120), (4096, 90), (8192, 60)),
     learning_rate=5e-4,
     # 18 million parameters.
     model=ModelConfig(
@@ -109,8 +98,10 @@ _GPU_TEXT = Task(
 CPU = Scale(
     name="cpu",
     recall=Task(
-        stages=(Stage(160, 16, 300),),
+        length=160,
         window=8,
+        batch=16,
+        steps=300,
         learning_rate=1e-2,
         # One KV head, so that a model has one chance per layer to keep the right pairs.
         model=ModelConfig(
@@ -125,7 +116,7 @@ CPU = Scale(
         eval_contexts=128,
         guess_seconds=120,
     ),
-    short=replace(_CPU_TEXT, stages=(Stage(128, 32, 600),), learning_rate=3e-3, guess_seconds=300),
+    short=replace(_CPU_TEXT, length=128, batch=32, steps=600, growth=(), learning_rate=3e-3, guess_seconds=300),
     text=_CPU_TEXT,
     package_bytes=1_500_000,
     needles=1,
@@ -137,8 +128,10 @@ CPU = Scale(
 GPU = Scale(
     name="gpu",
     recall=Task(
-        stages=(Stage(640, 32, 500),),
+        length=640,
         window=32,
+        batch=32,
+        steps=500,
         learning_rate=4e-3,
         model=ModelConfig(
             hidden_size=128,
@@ -152,7 +145,7 @@ GPU = Scale(
         eval_contexts=256,
         guess_seconds=20,
     ),
-    short=replace(_GPU_TEXT, stages=(Stage(512, 64, 2400),), learning_rate=1e-3, guess_seconds=100),
+    short=replace(_GPU_TEXT, length=512, batch=64, steps=2400, growth=(), learning_rate=1e-3, guess_seconds=100),
     text=_GPU_TEXT,
     package_bytes=12_000_000,
     needles=4,

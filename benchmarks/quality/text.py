@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sysconfig
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ import numpy as np
 
 from benchmarks.quality.needles import hidden_keys, write_keys
 from benchmarks.quality.scales import Scale, Task
-from sparsek_dist.data.loader import Batch, Loader, evaluation_batches
+from sparsek_dist.data.growth import GrowingLoader
+from sparsek_dist.data.loader import Batch, evaluation_batches
 from sparsek_dist.data.packing import IGNORED, Contexts
 from sparsek_dist.data.store import TokenStore
 from sparsek_dist.errors import DataError
@@ -100,17 +99,13 @@ class TrainingText:
     """The batch [b, n] of every step, pass keys in every second context: a pure function of seed and step."""
 
     def __init__(self, text: Corpus, task: Task, *, seed: int) -> None:
-        store, self._stages, self._seed = text.train.store, task.stages, seed
-        self._loaders = [
-            Loader(Contexts(store, stage.length), seed=seed, sequences_per_step=stage.batch) for stage in task.stages
-        ]
+        self._loader = GrowingLoader(
+            text.train.store, task.length, task.growth, seed=seed, sequences_per_step=task.batch
+        )
+        self._size, self._seed = task.batch, seed
 
     def __call__(self, step: int) -> Batch:
-        ends = list(accumulate(stage.steps for stage in self._stages))
-        # Tuning goes on in the last stage.
-        place = min(bisect_right(ends, step), len(ends) - 1)
-        size = self._stages[place].batch
-        batch = self._loaders[place].micro_batch(step, 0, data_rank=0, data_degree=1, micro_batch_size=size)
+        batch = self._loader.micro_batch(step, 0, data_rank=0, data_degree=1, micro_batch_size=self._size)
         for row, (ids, labels) in enumerate(zip(batch.input_ids.numpy(), batch.labels.numpy(), strict=True)):
             if row % 2 == 0:
                 write_keys(ids, (self._seed, step, row))

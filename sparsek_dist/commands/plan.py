@@ -66,7 +66,9 @@ def _batch_rows(config: Config, size: int) -> list[tuple[str, str]]:
     sequences = config.sequences_per_step(size)
     train, data = config.train, config.data
     product = f"{config.data_parallel_degree(size)} x {train.micro_batch_size} x {train.accumulation_steps}"
+    growing = [f"{length:,} tokens for {steps} steps" for length, steps in data.first_lengths]
     return [
+        *([("contexts grow", ", ".join([*growing, f"then {data.sequence_length:,}"]))] if growing else []),
         ("contexts", f"{sequences} = {product} (data parallel x micro batch x accumulation)"),
         ("tokens", f"{sequences * data.sequence_length:,} = {sequences} x {data.sequence_length:,}"),
         ("whole run", f"{train.steps:,} steps, {train.steps * sequences * data.sequence_length:,} tokens"),

@@ -19,7 +19,8 @@ from rich.panel import Panel
 
 from sparsek_dist.config import Config
 from sparsek_dist.data.corpus import Corpus, prepare
-from sparsek_dist.data.loader import Loader, evaluation_batches
+from sparsek_dist.data.growth import GrowingLoader
+from sparsek_dist.data.loader import evaluation_batches
 from sparsek_dist.data.packing import Contexts
 from sparsek_dist.evaluation.perplexity import byte_counter, bytes_per_target, evaluate
 from sparsek_dist.evaluation.trigram import trigram_bits_per_byte
@@ -70,8 +71,15 @@ def train(config: Config) -> None:
 
 def _train_in(folder: Path, config: Config, mesh: Mesh, tokenizer: Any, corpus: Corpus) -> dict[str, float]:
     """Builds what `fit` needs, runs it, and returns the last evaluation."""
-    length = config.data.sequence_length
-    contexts, held_out = Contexts(corpus.train, length), Contexts(corpus.held_out, length, pad=True)
+    data = config.data
+    held_out = Contexts(corpus.held_out, data.sequence_length, pad=True)
+    loader = GrowingLoader(
+        corpus.train,
+        data.sequence_length,
+        data.first_lengths,
+        seed=config.run.seed,
+        sequences_per_step=config.sequences_per_step(mesh.world.size),
+    )
     model = build_model(config, mesh, vocab_size=len(tokenizer))
     checkpoints = Checkpoints(folder / "checkpoints", config, mesh, partial(export_model, model, tokenizer))
     found = checkpoints.find()
@@ -86,11 +94,7 @@ def _train_in(folder: Path, config: Config, mesh: Mesh, tokenizer: Any, corpus: 
                 config=config,
                 mesh=mesh,
                 engine=engine,
-                loader=Loader(
-                    contexts,
-                    seed=config.run.seed,
-                    sequences_per_step=config.sequences_per_step(mesh.world.size),
-                ),
+                loader=loader,
                 log=log,
                 progress=Progress(config.train.steps, config.train.log_every),
                 checkpoints=checkpoints,

@@ -12,7 +12,7 @@ from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.export import tokenizer_beside
 from sparsek_dist.models.pretrained import fetch, is_sparsek, read_spec, saved_attention
 from sparsek_dist.models.sharing import least_shard
-from sparsek_dist.relations import short_shards
+from sparsek_dist.relations import short_shards, shortest_context
 
 
 def source_spec(config: Config, *, vocab_size: int) -> PreTrainedConfig:
@@ -52,9 +52,9 @@ def check_tokenizer(config: Config, tokenizer: Any) -> None:
 
 def _check_sharing(spec: PreTrainedConfig, config: Config) -> None:
     """What relations.sharding asks of a model from scratch."""
-    length, degree = config.data.sequence_length, config.parallel.sequence_degree
+    degree = config.parallel.sequence_degree
     window = least_shard(spec, config.attention, degree=degree, told="parallel.sequence_degree")
-    told = f"data.sequence_length = {length} over parallel.sequence_degree = {degree}"
+    length, told = shortest_context(config)
     if problem := short_shards(length, degree, window, told=told):
         raise ConfigError(problem)
 
