@@ -153,12 +153,12 @@ def test_local_rank_of_the_launcher_is_dropped(settings, capsys, place) -> None:
 
 
 def test_plan(settings, capsys) -> None:
-    assert (
-        main(["plan", settings, "parallel.sequence_degree=2", "--world-size", "4", "train.accumulation_steps=3"]) == 0
-    )
+    words = ["parallel.sequence_degree=2", "train.accumulation_steps=3", "data.growth=16x1"]
+    assert main(["plan", settings, "--world-size", "4", *words]) == 0
     out = " ".join(capsys.readouterr().out.split())
     for told in (
         "processes 4 = 2 data parallel x 2 sequence parallel",
+        "contexts grow 16 tokens for 1 steps, then 32",
         "contexts 6 = 2 x 1 x 3",
         "tokens 192 = 6 x 32",
         "queries [b, s, h, d] [1, 16, 2, 8]",
