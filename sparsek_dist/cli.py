@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     sparsify.add_argument("--no-attention-dropout", action="store_true", help="set the model's to 0 (GPT-2 has 0.1)")
     sparsify.add_argument("--distill", metavar="TEXT", type=Path, help="fit the scorers to what it attends to here")
     sparsify.add_argument(
-        "--distill-length", metavar="N", type=int, help="tokens of its contexts: those it was trained on"
+        "--distill-length", metavar="N", type=int, help="tokens of its contexts; default: 1024 or 4 windows"
     )
     sparsify.add_argument("overrides", metavar="attention.key=value", nargs="*", help="the attention it gets")
     sparsify.set_defaults(run=_sparsify)

@@ -160,11 +160,11 @@ def _growth(config: Config) -> Iterator[str]:
     """Contexts that grow: to the last length, each a divisor of it so that steps are of equal size, within the run."""
     data = config.data
     told = f"data.growth = {data.growth!r}"
-    if not re.fullmatch(r"none|\d+x\d+(,\d+x\d+)*", data.growth):
+    if not re.fullmatch(r"none|[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", data.growth):
         yield f"{told} is not a list of lengths and steps: use none, or for instance 1024x150,2048x100"
         return
     lengths = [length for length, _ in data.first_lengths]
-    if 0 in lengths or any(data.sequence_length % length for length in lengths):
+    if any(data.sequence_length % length for length in lengths):
         yield f"{told}: each length must divide data.sequence_length = {data.sequence_length}, as its powers of two do"
     elif any(long <= short for short, long in pairwise([*lengths, data.sequence_length])):
         yield f"{told}: each length must exceed the one before, and data.sequence_length = {data.sequence_length} all"
@@ -220,6 +220,11 @@ def _attention(config: Config) -> Iterator[str]:
         yield (
             f"attention.slope_ratio = {attention.slope_ratio} changes nothing at attention.slope = 0: set "
             "attention.slope, for instance to 1 / attention.window"
+        )
+    if attention.slope_ratio != 1 and config.model.source is None and config.model.num_kv_heads == 1:
+        yield (
+            f"attention.slope_ratio = {attention.slope_ratio} changes nothing with model.num_kv_heads = 1: set "
+            "attention.slope alone, or more heads"
         )
     if attention.kind == "sink_window" and attention.reach < 1:
         yield (

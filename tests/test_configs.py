@@ -47,7 +47,8 @@ WRONG = {
     "model.max_positions=8": "model.max_positions = 8 is less than data.sequence_length = 1024: raise it",
     "data.growth=512": "data.growth = '512' is not a list of lengths and steps: use none, or",
     "data.growth=500x10": "data.growth = '500x10': each length must divide data.sequence_length = 1024",
-    "data.growth='0x10,8x1'": "data.growth = '0x10,8x1': each length must divide",
+    "data.growth='0x10,8x1'": "data.growth = '0x10,8x1' is not a list",
+    "data.growth=512x0": "data.growth = '512x0' is not a list",
     "data.growth='512x10,256x10'": "each length must exceed the one before, and data.sequence_length = 1024 all",
     "data.growth=1024x10": "each length must exceed the one before, and data.sequence_length = 1024 all",
     "data.growth='256x300,512x100'": "takes 400 steps, which leaves none of train.steps = 400 for contexts of",
@@ -78,6 +79,12 @@ def test_each_wrong_setting_gets_its_own_message(override, message, monkeypatch)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=message):
         load(ROOT / "configs" / "quickstart.yaml", [override])
+
+
+def test_one_kv_head_has_no_use_for_a_ratio_of_slopes():
+    heads = ["model.num_query_heads=4", "model.num_kv_heads=1", "attention.slope=0.1", "attention.slope_ratio=0.5"]
+    with pytest.raises(ConfigError, match=r"slope_ratio = 0.5 changes nothing with model.num_kv_heads = 1: set"):
+        load(ROOT / "configs" / "quickstart.yaml", heads)
 
 
 def test_full_attention_shares_heads():

@@ -143,4 +143,6 @@ def _questions(scale: Scale) -> Iterator[Cell]:
                 for slope, ratio in ((0.0, 1.0), (4.0, 1.0), (4.0, 1 / 64), (16.0, 1 / 64)):
                     slopes = {"slope": slope, "slope_ratio": ratio}
                     yield Cell(task="text", gate=gate, distilled=True, selected=selected, seed=seed, **slopes)
-        yield Cell(task="text", gate="value", distilled=True, scorer_rate=10.0, seed=seed)
+        for slope, ratio in ((0.0, 1.0), (4.0, 1.0), (16.0, 1 / 64)):
+            slopes = {"slope": slope, "slope_ratio": ratio}
+            yield Cell(task="text", gate="value", distilled=True, scorer_rate=10.0, seed=seed, **slopes)

@@ -66,10 +66,10 @@ def _within_documents(query: Tensor, key: Tensor, value: Tensor, positions: Tens
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention [h, n, d] over [g, n, d], by a kernel without an [n, n] matrix.
+    """Causal attention [h, n, d] over [g, n, d], by a kernel without an [n, n] matrix where torch has one.
 
     Those kernels want a batch dimension, and in float32 as many KV heads as query heads: else torch takes the plain
-    formula without a word.
+    formula without a word. So it does on GPUs for float64 and for heads wider than 256, whatever is done here.
     """
     if query.dtype == torch.float32:
         key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))

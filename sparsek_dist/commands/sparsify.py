@@ -91,8 +91,8 @@ def _fit(model: Any, tokenizer: Any, text: Path, settings: dict[str, Any], lengt
     length = length or min(known, max(DISTILL_LENGTH, 4 * window))
     if len(tokens) < length or length < least:
         raise ConfigError(
-            f"--distill = {text} holds {len(tokens)} tokens, and attention.window = {window} needs contexts of "
-            f"{length}: give a longer text, or a shorter window"
+            f"--distill = {text} holds {len(tokens)} tokens, and contexts of {length} are read (attention.window = "
+            f"{window}): give a longer text, a shorter window, or --distill-length"
         )
     contexts = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, 1, length)
     return fit_scorers(model, list(contexts[:DISTILL_CONTEXTS]), window=window, std=settings["score_std"])

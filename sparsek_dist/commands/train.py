@@ -22,6 +22,7 @@ from sparsek_dist.data.corpus import Corpus, prepare
 from sparsek_dist.data.growth import GrowingLoader
 from sparsek_dist.data.loader import evaluation_batches
 from sparsek_dist.data.packing import Contexts
+from sparsek_dist.data.store import TokenStore
 from sparsek_dist.evaluation.perplexity import byte_counter, bytes_per_target, evaluate
 from sparsek_dist.evaluation.trigram import trigram_bits_per_byte
 from sparsek_dist.models import build_model
@@ -71,15 +72,8 @@ def train(config: Config) -> None:
 
 def _train_in(folder: Path, config: Config, mesh: Mesh, tokenizer: Any, corpus: Corpus) -> dict[str, float]:
     """Builds what `fit` needs, runs it, and returns the last evaluation."""
-    data = config.data
-    held_out = Contexts(corpus.held_out, data.sequence_length, pad=True)
-    loader = GrowingLoader(
-        corpus.train,
-        data.sequence_length,
-        data.first_lengths,
-        seed=config.run.seed,
-        sequences_per_step=config.sequences_per_step(mesh.world.size),
-    )
+    held_out = Contexts(corpus.held_out, config.data.sequence_length, pad=True)
+    loader = training_loader(corpus.train, config, mesh.world.size)
     model = build_model(config, mesh, vocab_size=len(tokenizer))
     checkpoints = Checkpoints(folder / "checkpoints", config, mesh, partial(export_model, model, tokenizer))
     found = checkpoints.find()
@@ -106,6 +100,17 @@ def _train_in(folder: Path, config: Config, mesh: Mesh, tokenizer: Any, corpus: 
         )
     finally:
         log.close()
+
+
+def training_loader(store: TokenStore, config: Config, world_size: int) -> GrowingLoader:
+    """What a run reads, step by step."""
+    return GrowingLoader(
+        store,
+        config.data.sequence_length,
+        config.data.first_lengths,
+        seed=config.run.seed,
+        sequences_per_step=config.sequences_per_step(world_size),
+    )
 
 
 def _evaluator(engine: Any, contexts: Contexts, config: Config, mesh: Mesh) -> Callable[[], dict[str, float]]:

@@ -16,7 +16,10 @@ from sparsek_dist.data.store import TokenStore
 
 
 class GrowingLoader:
-    """A `Loader` whose contexts [b, n] become [b * r, n / r] in the first steps."""
+    """A `Loader` whose contexts [b, n] become [b * r, n / r] in the first steps.
+
+    Each length has an order of its own: what was read at one may come again at the next, before other text was read.
+    """
 
     def __init__(
         self, store: TokenStore, length: int, growth: Sequence[tuple[int, int]], *, seed: int, sequences_per_step: int
@@ -34,10 +37,12 @@ class GrowingLoader:
         """
         self._growths = [length // short for short, _ in growth] + [1]
         self._ends = list(accumulate(steps for _, steps in growth))
-        self._loaders = [
-            Loader(Contexts(store, length // r), seed=seed, sequences_per_step=sequences_per_step * r)
-            for r in self._growths
-        ]
+        # The longest first: if there are such contexts, there are shorter ones.
+        loaders = {
+            r: Loader(Contexts(store, length // r), seed=seed, sequences_per_step=sequences_per_step * r)
+            for r in reversed(self._growths)
+        }
+        self._loaders = [loaders[r] for r in self._growths]
 
     def micro_batch(self, step: int, micro: int, *, data_rank: int, data_degree: int, micro_batch_size: int) -> Batch:
         """Batch [b * r, n / r] with b = `micro_batch_size`; all else as in `Loader.micro_batch`."""

@@ -117,6 +117,8 @@ def _sequences_per_step(state: State) -> int:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`key: then -> now` for every setting that differs and must not."""
+    # A setting that is newer than the checkpoint: its default does what was done before there was one.
+    then = flatten(Config()) | then
     keys = sorted((set(then) | set(now)) - FREE_TO_CHANGE - RESIZABLE)
     # Through JSON, as what was saved went: tuples become lists.
     shown = [(key, _shown(then, key), _shown(json.loads(json.dumps(now)), key)) for key in keys]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsek_dist.attention.parallel import budget_of
+from sparsek_dist.attention.parallel import budget_of, build_scorer
 from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
 from sparsek_dist.config import AttentionConfig
 from sparsek_kernels.attention import DEFAULT_SUPPORT_RATIO
@@ -39,6 +39,12 @@ def test_slopes_of_heads_fall_in_equal_ratios():
     # The first of one head is the last, too.
     alone = ScoringNetwork(8, 1, std=1.0, slope=0.5, slope_ratio=1 / 64)
     assert alone.slopes(torch.zeros(())).tolist() == [0.5]
+
+
+def test_slopes_are_those_of_the_settings():
+    config = AttentionConfig(slope=0.5, slope_ratio=0.25)
+    scorer = build_scorer(config, hidden_size=8, num_kv_heads=3, seed=0, layer=0)
+    torch.testing.assert_close(scorer.slopes(torch.zeros(())), torch.tensor([0.5, 0.25, 0.125]))
 
 
 def test_equal_slopes_are_exact_and_survive_bfloat16_weights():

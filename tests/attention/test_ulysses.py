@@ -18,7 +18,8 @@ def test_no_matrix_of_all_pairs_is_built(kv_heads, dtype):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, n, heads, 8, dtype=dtype) for heads in (4, kv_heads, kv_heads))
     positions = torch.cat([torch.arange(length) for length in DOCUMENTS]).expand(2, n)
-    # Raises where the kernel that streams over the keys cannot take its inputs.
+    # Raises where the kernel that streams over the keys cannot take its inputs. (That on CPUs takes shared KV heads in
+    # float32, too; those on GPUs do not: see below.)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         found = _within_documents(query, key, value, positions, 0.3)
 

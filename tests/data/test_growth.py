@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsek_dist.config import DataConfig
+from sparsek_dist.commands.train import training_loader
+from sparsek_dist.config import Config, DataConfig, TrainConfig
 from sparsek_dist.data.growth import GrowingLoader
 from sparsek_dist.data.loader import Batch, Loader
 from sparsek_dist.data.packing import Contexts
@@ -41,10 +42,19 @@ def test_each_stage_is_what_a_loader_of_its_length_reads_at_that_step(step: int)
     assert equal(Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in fields)), expected)
 
 
+def test_a_run_reads_what_its_settings_say() -> None:
+    config = Config(data=DataConfig(sequence_length=32, growth="8x2"), train=TrainConfig(micro_batch_size=3))
+    loader = training_loader(random_store(3, num_documents=40, longest=60), config, 2)
+    shapes = [
+        loader.micro_batch(step, 0, data_rank=1, data_degree=2, micro_batch_size=3).input_ids.shape for step in (1, 2)
+    ]
+    assert shapes == [(12, 8), (3, 32)]
+
+
 def test_a_text_too_short_for_the_last_length_is_refused_at_once() -> None:
-    store = random_store(3, num_documents=1, longest=20)
-    with pytest.raises(DataError, match="sequence_length = 64 is more than"):
-        GrowingLoader(store, 64, [(8, 2)], seed=0, sequences_per_step=1)
+    for longest in (20, 3):
+        with pytest.raises(DataError, match="sequence_length = 64 is more than"):
+            GrowingLoader(random_store(3, num_documents=1, longest=longest), 64, [(8, 2)], seed=0, sequences_per_step=1)
 
 
 def test_no_growth_is_one_length() -> None:

@@ -371,6 +371,12 @@ def test_contexts_per_step_are_part_of_it(saved) -> None:
         check_compatible(file.parent, state, _config(), 2)
     shared = replace(_config(), parallel=replace(_config().parallel, sequence_degree=2))
     check_compatible(file.parent, state, shared, 2)
+    # Of a version that did not have every setting yet: what it did then is what the default does.
+    older = replace(state, settings={key: value for key, value in state.settings.items() if key != "data.growth"})
+    check_compatible(file.parent, older, _config(), 1)
+    grown = replace(_config(), data=replace(_config().data, growth="4x1"))
+    with pytest.raises(CheckpointError, match=r'data.growth: "none" -> "4x1"'):
+        check_compatible(file.parent, older, grown, 1)
     sgd = replace(shared, optimizer=replace(shared.optimizer, name="sgd"))
     then = replace(state, settings=state.settings | {"optimizer.name": "sgd"})
     check_compatible(file.parent, then, sgd, 2)
