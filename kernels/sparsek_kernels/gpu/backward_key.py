@@ -3,8 +3,8 @@
 A selected pair collects its gradient from queries far apart. So queries are cut into spans; for each span one program
 per block of selected pairs loads them once, loops over the span's queries, and writes ONE row per pair and span. The
 rows of a pair stand together, in the order of the spans, at a place known beforehand from its interval of queries alone
-(`layout.py`). A second kernel sums them up, and the window's kernel, which is a plain sliding window, adds that to its
-own result. Every sum has a fixed order: the same input gives the same bits.
+(`layout.py`). A second kernel sums them up, and the window's kernel, which is a plain sliding window, begins its own
+sums with that. Every sum has a fixed order: the same input gives the same bits.
 """
 
 import triton
