@@ -46,6 +46,20 @@ def test_decode(tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["decode.json", "decode.png"]
 
 
+def test_tiles():
+    command = [sys.executable, ROOT / "benchmarks" / "tiles.py"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, "--tiny"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == [
+        kernel for kernel in ("grad_query", "grad_selected", "grad_window") for _ in "ab"
+    ]
+    assert all(float(row[-1]) < 1e-5 for row in rows) and not re.search("failed|nan", done.stdout)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
 def test_two_gpus(tmp_path):
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     corpus.mkdir()

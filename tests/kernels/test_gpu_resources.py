@@ -17,9 +17,12 @@ SUMS = {
     "sum_rows_kernel", "total_rows_kernel", "place_rows_kernel", "total_shares_kernel", "run_shares_kernel",
     "grad_scores_kernel",
 }  # fmt: skip
-MOST_SPILLED = 384
-"""Bytes of local memory per thread, beyond d = 64: just above what the shipped tiles use, so that growth is noticed.
-Nearly all of it lies outside of the loops over tiles. Up to d = 64, Hopper's need none."""
+MOST_SPILLED = {
+    80: {"forward_kernel": 160, "grad_query_kernel": 240, "grad_selected_kernel": 40, "grad_window_kernel": 0},
+    90: {"forward_kernel": 0, "grad_query_kernel": 168, "grad_selected_kernel": 120, "grad_window_kernel": 40},
+}
+"""Bytes of local memory per thread, by architecture, beyond d = 64: just above what the shipped tiles use, so that
+growth is noticed. On Hopper nearly all of it lies outside of the loops over tiles; up to d = 64 there is none."""
 
 QUICK = [(128, 4, "bfloat16", 90, "straight_through", "")]
 SLOW = [
@@ -35,7 +38,7 @@ SLOW = [
 @pytest.mark.parametrize("setting", [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)], ids=str)
 def test_kernels_fit(setting: tuple) -> None:
     d, _, _, arch, _, _ = setting
-    most_spilled = 0 if d <= 64 and arch == 90 else MOST_SPILLED
+    most_spilled = {} if d <= 64 and arch == 90 else MOST_SPILLED[arch]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "tests.kernels.launches", *(str(x) for x in setting if x)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -46,7 +49,7 @@ def test_kernels_fit(setting: tuple) -> None:
     for name, resources in found.items():
         assert resources["shared"] <= MOST_SHARED[arch], name
         # Exact float32 products need no tensor cores and take registers instead.
-        assert resources["spills"] <= most_spilled or "float32" in setting, (name, resources)
+        assert resources["spills"] <= most_spilled.get(name, 0) or "float32" in setting, (name, resources)
         assert name in SUMS or "float32" in setting or resources["copies"] > 0, (name, "loads do not overlap")
 
 

@@ -94,7 +94,7 @@ def _grad_keys(
             _grad_selected(call, gate, layout, grad_out, lse, delta, (rows_key, rows_value, rows_u), (first, count))
             sum_rows_kernel[(num_carried + t, count)](
                 rows_key, rows_value, rows_u, layout.first_row, layout.chosen, layout.num_before, grad_u, *carried,
-                num_carried, support, t, layout.num_rows, first,
+                num_carried, support, t, layout.num_rows, first, call.scale2,
                 D=d, BD=max(16, triton.next_power_of_2(d)), ROWS=ROWS_AT_ONCE, HAS_GATE=gate != "none",
                 ACC=call.constants(tiles.grad_window)["ACC"], num_warps=4,
             )  # fmt: skip

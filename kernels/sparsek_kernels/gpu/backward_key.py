@@ -3,15 +3,15 @@
 A selected pair collects its gradient from queries far apart. So queries are cut into spans; for each span one program
 per block of selected pairs loads them once, loops over the span's queries, and writes ONE row per pair and span. The
 rows of a pair stand together, in the order of the spans, at a place known beforehand from its interval of queries alone
-(`layout.py`). A second kernel sums them up, and the window's kernel, which is a plain sliding window, adds that to its
-own result. Every sum has a fixed order: the same input gives the same bits.
+(`layout.py`). A second kernel sums them up, and the window's kernel, which is a plain sliding window, begins its own
+sums with that. Every sum has a fixed order: the same input gives the same bits.
 """
 
 import triton
 import triton.language as tl
 
 from sparsek_kernels.gpu.backward_query import LOG2E
-from sparsek_kernels.gpu.columns import load_pairs, load_rows, pairs_of, program_of, tile_rows
+from sparsek_kernels.gpu.columns import anew, load_pairs, load_rows, pairs_of, program_of, tile_rows
 
 
 @triton.jit
@@ -51,9 +51,10 @@ def _query_rows(
 ):  # fmt: skip
     """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Rows that do not exist weigh nothing."""
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
-    q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
-    place = (batch * s + queries) * heads + head * G + member
-    do_tile = load_rows(grad_out + place * D, exists, D, BD, True)
+    q_rows = q + batch * qb + head * G * qh + (queries.to(tl.int64) * qs + member.to(tl.int64) * qh)
+    q_tile = load_rows(q_rows, exists, D, BD, True)
+    do_rows = grad_out + (batch * s * heads + head * G) * D + queries.to(tl.int64) * (heads * D) + member * D
+    do_tile = load_rows(do_rows, exists, D, BD, True)
     row = (batch * heads + head * G + member) * s + queries
     lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
     return (q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)), queries
@@ -73,9 +74,9 @@ def _whole_query_rows(
     check: tl.constexpr = G != GP
     q_rows = q + batch * qb + head * G * qh + first * qs + (of_tile * qs + member.to(tl.int64) * qh)
     q_tile = load_rows(q_rows, exists, D, BD, check)
-    do_rows = grad_out + ((batch * s + first) * heads + head * G) * D + (of_tile * heads + member) * D
+    do_rows = grad_out + (batch * s * heads + head * G) * D + first * (heads * D) + (of_tile * heads + member) * D
     do_tile = load_rows(do_rows, exists, D, BD, check)
-    row = (batch * heads + head * G) * s + first + (member * s + of_tile)
+    row = (batch * heads + head * G) * s + member.to(tl.int64) * s + of_tile + first
     lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
     return q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)
 
@@ -119,24 +120,9 @@ def grad_selected_kernel(
     block, span = tl.program_id(0), tl.program_id(1)
     bg, batch, head = program_of(tl.program_id(2) + first_bg, g)
     entry, real, joined = _entries_of_block(
-        block,
-        span,
-        bg,
-        alive,
-        chosen,
-        num_before,
-        num_chunks,
-        num_spans,
-        num_blocks,
-        s,
-        t,
-        S,
-        window,
-        K,
-        CHUNK,
-        SPAN,
-        BN,
-    )
+        block, span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
+        K, CHUNK, SPAN, BN,
+    )  # fmt: skip
     high = tl.minimum(span * SPAN + SPAN, s)
     until = tl.minimum(tl.load(visible_until + bg * (S + t) + entry, mask=real, other=0), high)
     score = tl.load(scores + bg * (S + t) + entry, mask=real, other=0.0)
@@ -165,6 +151,12 @@ def grad_selected_kernel(
             tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
             gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
             state = _accumulate(keys, values, rows, scale, gate, 1, state, GATE, False, ACC, PRECISION)
+    entry, real, joined = _entries_of_block(
+        anew(block, t), span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
+        K, CHUNK, SPAN, BN,
+    )  # fmt: skip
+    until = tl.minimum(tl.load(visible_until + bg * (S + t) + entry, mask=real, other=0), high)
+    score = tl.load(scores + bg * (S + t) + entry, mask=real, other=0.0)
     for step in tl.range(0, last - general):
         rows, queries = _query_rows(
             general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
@@ -174,19 +166,24 @@ def grad_selected_kernel(
         gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
         state = _accumulate(keys, values, rows, scale, gate, visible, state, GATE, True, ACC, PRECISION)
 
+    entry, real, joined = _entries_of_block(
+        anew(block, s), span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
+        K, CHUNK, SPAN, BN,
+    )  # fmt: skip
     became = tl.where(entry < S, 0, tl.maximum(entry - S - (t - s) + window, 0)) // SPAN
     row = tl.load(first_row + bg * (S + t + 1) + entry, mask=real, other=0) + span - became
     row = tl.program_id(2).to(tl.int64) * num_rows + row
-    _store_rows(row, real, state, scale, rows_k, rows_v, rows_u, D, BD, GATE)
+    _store_rows(row, real, state, rows_k, rows_v, rows_u, D, BD, GATE)
 
 
 @triton.jit
-def _store_rows(row, real, state, scale, rows_k, rows_v, rows_u, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr):
-    """One row per pair: a pair's rows begin with the span in which it became a candidate (carried: with the first)."""
+def _store_rows(row, real, state, rows_k, rows_v, rows_u, D: tl.constexpr, BD: tl.constexpr, GATE: tl.constexpr):
+    """One row per pair, dk still without the scale: a pair's rows begin with the span in which it became a candidate
+    (carried: with the first)."""
     grad_k, grad_v, grad_u = state
     width = tl.arange(0, BD)
     store = real[:, None] & (width < D)[None, :]
-    tl.store(rows_k + row[:, None] * D + width[None, :], grad_k * (scale / LOG2E), mask=store)
+    tl.store(rows_k + row[:, None] * D + width[None, :], grad_k, mask=store)
     tl.store(rows_v + row[:, None] * D + width[None, :], grad_v, mask=store)
     if GATE != "none":
         tl.store(rows_u + row, grad_u, mask=real)
@@ -195,7 +192,7 @@ def _store_rows(row, real, state, scale, rows_k, rows_v, rows_u, D: tl.constexpr
 @triton.jit
 def sum_rows_kernel(
     rows_k, rows_v, rows_u, first_row, chosen, num_before, grad_u, grad_carry_k, grad_carry_v, num_carried, S, t,
-    num_rows, first_bg, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, HAS_GATE: tl.constexpr,
+    num_rows, first_bg, scale, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, HAS_GATE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums the rows of one pair, in order, into its first row; carried pairs first, then all ever selected.
@@ -226,7 +223,7 @@ def sum_rows_kernel(
             sum_u += tl.load(rows_u + base + row, mask=row < end, other=0.0)
     if index < num_carried:
         place = (bg * num_carried + index) * D + width
-        tl.store(grad_carry_k + place, sum_k.to(grad_carry_k.dtype.element_ty), mask=width < D)
+        tl.store(grad_carry_k + place, (sum_k * (scale / LOG2E)).to(grad_carry_k.dtype.element_ty), mask=width < D)
         tl.store(grad_carry_v + place, sum_v.to(grad_carry_v.dtype.element_ty), mask=width < D)
     elif end > begin + 1:
         tl.store(rows_k + (base + begin) * D + width, sum_k, mask=width < D)
@@ -242,7 +239,7 @@ def grad_window_kernel(
     GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of neighbouring keys and the queries in whose window they are; then the sums of the selected part."""
+    """One block of neighbouring keys and the queries in whose window they are, added to the selected part's sums."""
     block = tl.program_id(0)
     bg, batch, head = program_of(tl.program_id(1) + first_bg, g)
     halo = t - s
@@ -251,9 +248,14 @@ def grad_window_kernel(
     position = row - halo
     until = tl.load(visible_until + bg * (S + t) + S + row, mask=real, other=0)
     until = tl.minimum(until, position + window)
+    begin = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
+    was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > begin)
+    begin += tl.program_id(1).to(tl.int64) * num_rows
+    sum_k = load_rows(rows_k + begin * D, was_selected, D, BD, True)
+    sum_v = load_rows(rows_v + begin * D, was_selected, D, BD, True)
+    state = (sum_k, sum_v, tl.zeros([BN], ACC))
     keys = load_rows(k + batch * kb + head * kg + row.to(tl.int64) * ks, real, D, BD, True)
     values = load_rows(v + batch * vb + head * vg + row.to(tl.int64) * vs, real, D, BD, True)
-    state = (tl.zeros([BN, BD], ACC), tl.zeros([BN, BD], ACC), tl.zeros([BN], ACC))
 
     first = tl.maximum(block * BN - halo, 0) // BQ
     last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), first)
@@ -266,21 +268,17 @@ def grad_window_kernel(
             begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
+    bg, batch, head = program_of(anew(tl.program_id(1) + first_bg, s), g)
     for step in tl.range(0, last - first - (end - begin)):
         tile = first + step + tl.where(first + step < begin, 0, end - begin)
         rows, queries = _query_rows(tile, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD)
         visible = (position[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         state = _accumulate(keys, values, rows, scale, 1.0, visible, state, "none", True, ACC, PRECISION)
 
-    sum_k, sum_v = state[0], state[1]
+    row = anew(block, t) * BN + tl.arange(0, BN)
+    real = row < t
     width = tl.arange(0, BD)
-    begin = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
-    was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > begin)
-    place = (tl.program_id(1).to(tl.int64) * num_rows + begin)[:, None] * D + width[None, :]
-    load = was_selected[:, None] & (width < D)[None, :]
-    sum_k = sum_k * (scale / LOG2E) + tl.load(rows_k + place, mask=load, other=0.0)
-    sum_v += tl.load(rows_v + place, mask=load, other=0.0)
-    store = real[:, None] & (width < D)[None, :]
     place = ((batch * t + row) * g + head)[:, None] * D + width[None, :]
-    tl.store(grad_k + place, sum_k.to(grad_k.dtype.element_ty), mask=store)
-    tl.store(grad_v + place, sum_v.to(grad_v.dtype.element_ty), mask=store)
+    store = real[:, None] & (width < D)[None, :]
+    tl.store(grad_k + place, (state[0] * (scale / LOG2E)).to(grad_k.dtype.element_ty), mask=store)
+    tl.store(grad_v + place, state[1].to(grad_v.dtype.element_ty), mask=store)

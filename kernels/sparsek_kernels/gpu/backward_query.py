@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.gpu.columns import (
+    anew,
     general_entries,
     load_neighbours,
     load_pairs,
@@ -106,6 +107,7 @@ def grad_query_kernel(
             keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
             gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)
             state = _accumulate(rows, keys, values, gate, 1, scale, state, GATE, STRAIGHT, False, ACC, PRECISION)
+    queries, member, exists = tile_rows(anew(tile, window), s, G, GP, BQ)
     end = num_general(gated, count, oldest, middle, num_middle, tile, s, BQ)
     for low in tl.range(0, end, BG):
         real = low + tl.arange(0, BG) < end
@@ -133,6 +135,10 @@ def grad_query_kernel(
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
         grad = _accumulate_plain(rows, keys, values, scale, grad, ACC, PRECISION)
 
+    tile = anew(tile, t)
+    queries, member, exists = tile_rows(tile, s, G, GP, BQ)
+    place = ((batch * s + queries) * g * G + head * G + member) * D
+    row = (batch * g * G + head * G + member) * s + queries
     width = tl.arange(0, BD)
     grad *= scale / LOG2E
     store = exists[:, None] & (width < D)[None, :]

@@ -145,7 +145,15 @@ def pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg
 
 
 @triton.jit
+def anew(number, size):
+    """The same number; but the compiler, which cannot know that no size is negative, computes what depends on it where
+    that is used, instead of holding it in registers, or spilling it, through the loops before. Each place needs a size
+    of its own: what two places compute from one is computed once.
+    """
+    return number + tl.minimum(size, 0)
+
+
+@triton.jit
 def program_of(number, g):
     """(b, g) as one number, and apart; int64, as offsets of whole heads need."""
-    bg = number.to(tl.int64)
-    return bg, bg // g, bg % g
+    return number.to(tl.int64), (number // g).to(tl.int64), (number % g).to(tl.int64)
