@@ -69,6 +69,23 @@ def _accumulate_plain(rows, keys, values, scale, grad, ACC: tl.constexpr, PRECIS
 
 
 @triton.jit
+def _store_tile(
+    tile, bg, batch, head, grad, delta_row, sums, grad_q, delta, grad_sums, s, g, G: tl.constexpr, GP: tl.constexpr,
+    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Writes dq and delta of a tile of rows, and the sums over the heads of each of its queries."""
+    queries, member, exists = tile_rows(tile, s, G, GP, BQ)
+    place = ((batch * s + queries) * g * G + head * G + member) * D
+    width = tl.arange(0, BD)
+    store = exists[:, None] & (width < D)[None, :]
+    tl.store(grad_q + place[:, None] + width[None, :], grad.to(grad_q.dtype.element_ty), mask=store)
+    tl.store(delta + (batch * g * G + head * G + member) * s + queries, delta_row, mask=exists)
+    first = tile * BQ + tl.arange(0, BQ)
+    per_query = tl.sum(tl.reshape(tl.where(exists, sums, 0.0), (BQ, GP)), 1)
+    tl.store(grad_sums + bg * s + first, per_query, mask=first < s)
+
+
+@triton.jit
 def grad_query_kernel(
     q, k, v, carry_k, carry_v, scores, tau, visible_until, fractional_from, alive, document_start, out, grad_out,
     lse, delta, grad_sums, grad_q, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks,
@@ -134,16 +151,7 @@ def grad_query_kernel(
         entry = tl.load(alive + low + tl.arange(0, BN))
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
         grad = _accumulate_plain(rows, keys, values, scale, grad, ACC, PRECISION)
-
-    tile = anew(tile, t)
-    queries, member, exists = tile_rows(tile, s, G, GP, BQ)
-    place = ((batch * s + queries) * g * G + head * G + member) * D
-    row = (batch * g * G + head * G + member) * s + queries
-    width = tl.arange(0, BD)
-    grad *= scale / LOG2E
-    store = exists[:, None] & (width < D)[None, :]
-    tl.store(grad_q + place[:, None] + width[None, :], grad.to(grad_q.dtype.element_ty), mask=store)
-    tl.store(delta + row, delta_row, mask=exists)
-    first = tile * BQ + tl.arange(0, BQ)
-    per_query = tl.sum(tl.reshape(tl.where(exists, sums, 0.0), (BQ, GP)), 1)
-    tl.store(grad_sums + bg * s + first, per_query, mask=first < s)
+    _store_tile(
+        anew(tile, t), bg, batch, head, grad * (scale / LOG2E), delta_row, sums, grad_q, delta, grad_sums, s, g,
+        G, GP, BQ, D, BD,
+    )  # fmt: skip
