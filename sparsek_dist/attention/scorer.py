@@ -34,8 +34,14 @@ class ScoringNetwork(nn.Module):
         scores = hidden.to(precise) @ self.weight.to(precise).T
         return scores + self.slopes(scores) * position_ids.to(precise).unsqueeze(-1)
 
-    def slopes(self, like: Tensor) -> Tensor:
-        """[g], with the type and device of `like`; computed anew, as a buffer would follow the weights to bfloat16."""
+    def slopes(self, like: Tensor) -> Tensor | float:
+        """One number, or one per KV head [g] with the type and device of `like`.
+
+        Those are computed anew, as a buffer would follow the weights to bfloat16.
+        """
+        if self.slope_ratio == 1:
+            # No launches for what is a constant: decoding waits for the host.
+            return self.slope
         heads = len(self.weight)
         place = torch.arange(heads, dtype=like.dtype, device=like.device) / max(1, heads - 1)
         return self.slope * self.slope_ratio**place

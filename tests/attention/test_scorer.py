@@ -49,7 +49,8 @@ def test_slopes_are_those_of_the_settings():
 
 def test_equal_slopes_are_exact_and_survive_bfloat16_weights():
     scorer = ScoringNetwork(8, 3, std=1.0, slope=0.3).to(torch.bfloat16)
-    assert torch.equal(scorer.slopes(torch.zeros(())), torch.full((3,), 0.3))
+    scores = scorer(torch.zeros(1, 5, 8), _positions(5))
+    assert torch.equal(scores, (torch.tensor(0.3) * torch.arange(5.0))[None, :, None].expand(1, 5, 3))
 
 
 def test_scores_are_float32_at_least_whatever_the_model():
