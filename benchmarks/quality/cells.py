@@ -121,6 +121,11 @@ def _settings(scale: Scale) -> Iterator[Cell]:
             for share in scale.shares:
                 for gate in GATES:
                     yield Cell(task=task, gate=gate, share=share, seed=seed)
+        # As docs/long-contexts.md advises: scorers fitted to the dense model, and a slope.
+        for share in scale.shares:
+            for gate in GATES[:2]:
+                for slope in (4.0, 0.0):
+                    yield Cell(task="convert-text", gate=gate, slope=slope, distilled=True, share=share, seed=seed)
         for task in ("recall", "text"):
             for slope in (0.0, 1.0):
                 for std in STDS:
@@ -139,6 +144,8 @@ def _questions(scale: Scale) -> Iterator[Cell]:
             yield Cell(task=task, support=2, seed=seed)
             yield Cell(task=task, support=8, seed=seed)
         for gate in GATES:
+            yield Cell(task="text", gate=gate, slope=4.0, seed=seed)
+            yield Cell(task="text", gate=gate, slope=16.0, distilled=True, seed=seed)
             for selected in (0.5, 0.25):
                 for slope, ratio in ((0.0, 1.0), (4.0, 1.0), (4.0, 1 / 64), (16.0, 1 / 64)):
                     slopes = {"slope": slope, "slope_ratio": ratio}

@@ -30,7 +30,7 @@ from sparsek_dist.parallel.mesh import Mesh, RankGroup
 from sparsek_dist.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 DISTILLED_BATCHES = 4
-"""Steps of the dense model's training that scorers are fitted to."""
+"""Last steps of the dense model's training, which scorers are fitted to."""
 TUNING_RATE = 0.3
 """Peak learning rate of tuning, as a share of that of training."""
 
@@ -91,7 +91,8 @@ def _distil(model: Any, cell: Cell, study: Study) -> None:
     assert source is not None
     dense: Any = build_model(configuration(replace(cell, kind="full"), study), Mesh(), vocab_size=text.VOCAB)
     seen = _batches(source, study)
-    batches = [seen(step).input_ids for step in range(DISTILLED_BATCHES)]
+    steps = study.scale.task(source.base).steps
+    batches = [seen(step).input_ids for step in range(max(0, steps - DISTILLED_BATCHES), steps)]
     window = configuration(cell, study).attention.window
     start_scorers(model, fit_scorers(dense.to(study.device), batches, window=window, std=cell.std))
 
