@@ -65,12 +65,12 @@ class AttentionConfig:
     """w: newest tokens every query sees, itself included; at least 1."""
     support: int | None = None
     """S: best candidates the soft gates are computed over; more than `num_selected`. Default 4 * num_selected."""
-    gate: Gate = "straight_through"
+    gate: Gate = "value"
     """How a gate enters: `value` scales v, `key_value` scales k and v, `straight_through` only the gradient."""
     score_std: float = 1.0
     """Standard deviation of the scores at initialisation; a tiny one makes every gate about k/n."""
-    slope: float = 0.0
-    """Added to the score per token of position: above 0, newer pairs are preferred."""
+    slope: float | None = None
+    """Added to the score per token of position: above 0, newer pairs are preferred. Default 1 / (2 k + 2 w)."""
     slope_ratio: float = 1.0
     """Slope of the last KV head over that of the first; equal ratios between. Below 1, some heads keep for longer."""
     backend: Literal["auto", "triton", "torch", "reference"] = "auto"
@@ -84,6 +84,11 @@ class AttentionConfig:
     def support_size(self) -> int:
         """S, with its default filled in."""
         return 4 * self.num_selected if self.support is None else self.support
+
+    @property
+    def score_slope(self) -> float:
+        """Slope per token, with its default: a pair loses a point while twice as many tokens pass as a query sees."""
+        return 1 / (2 * (self.num_selected + self.window)) if self.slope is None else self.slope
 
     @property
     def reach(self) -> int:

@@ -219,7 +219,7 @@ def _attention(config: Config) -> Iterator[str]:
     if attention.slope_ratio != 1 and attention.slope == 0:
         yield (
             f"attention.slope_ratio = {attention.slope_ratio} changes nothing at attention.slope = 0: set "
-            "attention.slope, for instance to 1 / attention.window"
+            "attention.slope above 0, or leave it to its default"
         )
     if attention.slope_ratio != 1 and config.model.source is None and config.model.num_kv_heads == 1:
         yield (

@@ -42,7 +42,6 @@ WRONG = {
     "attention.kind=sparse": "attention.kind: Invalid value 'sparse', expected one of",
     "attention.support=32": "attention.support = 32 must exceed attention.num_selected = 32",
     "attention.slope_ratio=0": "attention.slope_ratio = 0.0 must be above 0",
-    "attention.slope_ratio=0.1": "attention.slope_ratio = 0.1 changes nothing at attention.slope = 0: set",
     "model.max_positions=0": "model.max_positions = 0 must be at least 1",
     "model.max_positions=8": "model.max_positions = 8 is less than data.sequence_length = 1024: raise it",
     "data.growth=512": "data.growth = '512' is not a list of lengths and steps: use none, or",
@@ -85,6 +84,13 @@ def test_one_kv_head_has_no_use_for_a_ratio_of_slopes():
     heads = ["model.num_query_heads=4", "model.num_kv_heads=1", "attention.slope=0.1", "attention.slope_ratio=0.5"]
     with pytest.raises(ConfigError, match=r"slope_ratio = 0.5 changes nothing with model.num_kv_heads = 1: set"):
         load(ROOT / "configs" / "quickstart.yaml", heads)
+
+
+def test_a_ratio_of_slopes_needs_a_slope():
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    assert load(quickstart, ["attention.slope_ratio=0.1"]).attention.score_slope == 1 / 128
+    with pytest.raises(ConfigError, match=r"slope_ratio = 0.1 changes nothing at attention.slope = 0: set .* above 0"):
+        load(quickstart, ["attention.slope_ratio=0.1", "attention.slope=0"])
 
 
 def test_full_attention_shares_heads():

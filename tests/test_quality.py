@@ -21,7 +21,7 @@ from benchmarks.quality.report import report
 from benchmarks.quality.run import MasterWeights, Study, configuration, run_cell, trained
 from benchmarks.quality.scales import CPU, GPU, SCALES
 from benchmarks.quality.summary import mean_error, paired
-from sparsek_dist.config import Config, ModelConfig, OptimizerConfig
+from sparsek_dist.config import AttentionConfig, Config, ModelConfig, OptimizerConfig
 from sparsek_dist.models.build import build_model
 from sparsek_dist.parallel.mesh import Mesh
 
@@ -172,6 +172,12 @@ def test_the_grid_holds_every_kind_once_at_equal_budget():
             assert attention.slope * 16 * window == pytest.approx(cell.slope)
             assert not cell.source or cell.source in cells
         assert {cell.share for cell in cells if cell.converts} == set(scale.shares) >= {0.0, 0.01, 0.02, 0.05}
+
+
+def test_the_cell_that_is_not_told_otherwise_is_the_default():
+    ours, default = Cell(task="text").attention(256), AttentionConfig(num_selected=256, window=256)
+    same = ("num_selected", "window", "support_size", "gate", "score_std", "score_slope", "slope_ratio")
+    assert [getattr(ours, name) for name in same] == [getattr(default, name) for name in same]
 
 
 def test_only_the_scorers_learn_at_their_own_rate():

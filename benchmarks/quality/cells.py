@@ -15,6 +15,7 @@ BASELINES: tuple[AttentionKind, ...] = ("full", "window", "sink_window", "random
 GATES: tuple[Gate, ...] = get_args(Gate)
 STDS = (1.0, 3.0)
 """Of the scores at initialisation: at 3, the support is hardly more than k."""
+SLOPES = (4.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,9 @@ class Cell:
 
     task: str
     kind: AttentionKind = "sparsek"
-    gate: Gate = "straight_through"
+    gate: Gate = "value"
     std: float = 1.0
-    slope: float = 0.0
+    slope: float = 4.0
     """Score that a pair loses against a new one while 16 windows pass, in the first KV head."""
     slope_ratio: float = 1.0
     """Slope of the last KV head over that of the first."""
@@ -115,41 +116,36 @@ def _kinds(scale: Scale) -> Iterator[Cell]:
 
 
 def _settings(scale: Scale) -> Iterator[Cell]:
-    """Every gate at both score scales, with and without slope; every gate for converted models."""
+    """Every gate at both score scales, with and without slope; and for converted models, with fitted scorers or not."""
     for seed in range(scale.seeds):
         for task in ("convert-recall", "convert-text"):
             for share in scale.shares:
                 for gate in GATES:
-                    yield Cell(task=task, gate=gate, share=share, seed=seed)
-        # As docs/long-contexts.md advises: scorers fitted to the dense model, and a slope.
-        for share in scale.shares:
-            for gate in GATES[:2]:
-                for slope in (4.0, 0.0):
-                    yield Cell(task="convert-text", gate=gate, slope=slope, distilled=True, share=share, seed=seed)
+                    for slope in SLOPES[:2]:
+                        for distilled in (True, False) if task == "convert-text" else (False,):
+                            yield Cell(task=task, gate=gate, slope=slope, distilled=distilled, share=share, seed=seed)
         for task in ("recall", "text"):
-            for slope in (0.0, 1.0):
+            for slope in SLOPES:
                 for std in STDS:
                     for gate in GATES:
                         yield Cell(task=task, gate=gate, std=std, slope=slope, seed=seed)
 
 
 def _questions(scale: Scale) -> Iterator[Cell]:
-    """One setting changed at a time: a small score scale, a steep slope, the scorers' learning rate, the support."""
+    """One setting changed at a time: score scale, slope, the scorers' learning rate and start, support, and k of w."""
     for seed in range(scale.seeds):
         for task in ("recall", "text"):
             yield Cell(task=task, std=0.3, seed=seed)
-            yield Cell(task=task, slope=4.0, seed=seed)
+            yield Cell(task=task, slope=16.0, seed=seed)
             yield Cell(task=task, scorer_rate=0.1, seed=seed)
             yield Cell(task=task, scorer_rate=10.0, seed=seed)
             yield Cell(task=task, support=2, seed=seed)
             yield Cell(task=task, support=8, seed=seed)
         for gate in GATES:
-            yield Cell(task="text", gate=gate, slope=4.0, seed=seed)
-            yield Cell(task="text", gate=gate, slope=16.0, distilled=True, seed=seed)
             for selected in (0.5, 0.25):
-                for slope, ratio in ((0.0, 1.0), (4.0, 1.0), (4.0, 1 / 64), (16.0, 1 / 64)):
+                for slope, ratio in ((4.0, 1.0), (0.0, 1.0), (16.0, 1.0), (4.0, 1 / 64), (16.0, 1 / 64)):
                     slopes = {"slope": slope, "slope_ratio": ratio}
                     yield Cell(task="text", gate=gate, distilled=True, selected=selected, seed=seed, **slopes)
-        for slope, ratio in ((0.0, 1.0), (4.0, 1.0), (16.0, 1 / 64)):
+        for slope, ratio in ((4.0, 1.0), (16.0, 1 / 64)):
             slopes = {"slope": slope, "slope_ratio": ratio}
-            yield Cell(task="text", gate="value", distilled=True, scorer_rate=10.0, seed=seed, **slopes)
+            yield Cell(task="text", distilled=True, scorer_rate=10.0, seed=seed, **slopes)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.summary import Read, Row, by_variant, keys_found, mean_error, passkey_lengths
 
-DEFAULT = "sparsek, straight_through, std 1"
+DEFAULT = "sparsek, value, std 1, slope 4"
 FIRST_POSITION = 32
 """Before it stand so few targets that their noise would set the range of the plot."""
 BASE = "sink_window"

@@ -81,7 +81,7 @@ class ParallelAttention:
 def build_scorer(config: AttentionConfig, *, hidden_size: int, num_kv_heads: int, seed: int, layer: int) -> nn.Module:
     """Maps (hidden [b, s, e], position_ids [b, s]) to scores [b, s, g]."""
     if config.kind == "sparsek":
-        slopes = {"slope": config.slope, "slope_ratio": config.slope_ratio}
+        slopes = {"slope": config.score_slope, "slope_ratio": config.slope_ratio}
         return ScoringNetwork(hidden_size, num_kv_heads, std=config.score_std, **slopes)
     if config.kind == "random":
         return RandomScores(num_kv_heads, seed=seed, layer=layer)

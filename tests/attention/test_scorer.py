@@ -47,6 +47,13 @@ def test_slopes_are_those_of_the_settings():
     torch.testing.assert_close(scorer.slopes(torch.zeros(())), torch.tensor([0.5, 0.25, 0.125]))
 
 
+@pytest.mark.parametrize(("k", "window", "expected"), [(256, 256, 1 / 1024), (0, 10, 1 / 20), (30, 1, 1 / 62)])
+def test_the_default_slope_is_one_point_in_twice_what_a_query_sees(k, window, expected):
+    config = AttentionConfig(num_selected=k, window=window)
+    assert build_scorer(config, hidden_size=8, num_kv_heads=2, seed=0, layer=0).slopes(torch.zeros(())) == expected
+    assert AttentionConfig(num_selected=k, window=window, slope=0).score_slope == 0
+
+
 def test_equal_slopes_are_exact_and_survive_bfloat16_weights():
     scorer = ScoringNetwork(8, 3, std=1.0, slope=0.3).to(torch.bfloat16)
     scores = scorer(torch.zeros(1, 5, 8), _positions(5))
