@@ -9,10 +9,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor
 
+from sparsek_dist.attention.dense import causal_attention
 from sparsek_dist.parallel.comm import gather
 from sparsek_dist.parallel.layout import unshard
 from sparsek_dist.parallel.mesh import RankGroup
@@ -60,19 +60,6 @@ def _within_documents(query: Tensor, key: Tensor, value: Tensor, positions: Tens
         edges = sorted({0, len(row), *begins})
         lengths = [end - begin for begin, end in pairwise(edges)]
         parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
-        attended = [_attend(a, b, c, scale) for a, b, c in parts]
+        attended = [causal_attention(*(x.unsqueeze(0) for x in part), scale=scale)[0] for part in parts]
         rows.append(torch.cat(attended, dim=1).transpose(0, 1))
     return torch.stack(rows)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention [h, n, d] over [g, n, d], by a kernel without an [n, n] matrix where torch has one.
-
-    Those kernels want a batch dimension, and in float32 as many KV heads as query heads: else torch takes the plain
-    formula without a word. So it does on GPUs for float64 and for heads wider than 256, whatever is done here.
-    """
-    if query.dtype == torch.float32:
-        key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))
-    shared = len(key) < len(query)
-    q, k, v = (x.unsqueeze(0) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)[0]

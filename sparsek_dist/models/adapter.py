@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparsek_dist.attention.dense import causal_attention
 from sparsek_dist.attention.exchange import Exchange
 from sparsek_dist.attention.parallel import ParallelAttention, budget_of, build_scorer
 from sparsek_dist.attention.ulysses import UlyssesAttention
@@ -159,6 +160,8 @@ def _dense(module: Any, query: Tensor, key: Tensor, value: Tensor, position_ids:
     if bool(starts.any()) or 1 < s < t:
         keys = torch.arange(t, device=query.device)
         mask = ((keys <= index.unsqueeze(-1)) & (keys >= starts.unsqueeze(-1))).unsqueeze(1)
+    if mask is None and s == t:
+        return causal_attention(query, key, value, scale=scaling).transpose(1, 2)
     output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling)
     return output
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparsek_dist.attention.dense import causal_attention
 from sparsek_dist.models.families import attention_modules, family_of, num_kv_heads
 
 NAME = "sparsek_distill"
@@ -127,16 +128,16 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: dense attention [b, h, s, d] -> [b, s, h, d], watched."""
     s = query.shape[2]
-    index = torch.arange(s, device=query.device)
-    mask = None
-    if sliding_window is not None and sliding_window < s:
-        age = index.unsqueeze(-1) - index
-        mask = ((age >= 0) & (age < sliding_window)).expand(1, 1, s, s)
     assert fit.inputs is not None
     if s > distill_window:
         seen = s - distill_window
         lift = _lift(query, key, scaling, fit.heads, window=distill_window, sliding=sliding_window or s)
         fit.add(fit.inputs[:, :seen].flatten(0, 1), lift.flatten(0, 1))
+    if sliding_window is None or sliding_window >= s:
+        return causal_attention(query, key, value, scale=scaling).transpose(1, 2), None
+    index = torch.arange(s, device=query.device)
+    age = index.unsqueeze(-1) - index
+    mask = ((age >= 0) & (age < sliding_window)).expand(1, 1, s, s)
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling)
 
 

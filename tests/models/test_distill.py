@@ -72,3 +72,13 @@ def test_every_family_can_be_watched():
         model = tiny_model(name)
         weights = fit_scorers(model, [tokens(30)], window=WINDOW, std=1.0)
         assert all(bool(weight.isfinite().all()) for weight in weights)
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_with_the_square_of_the_length_on_a_gpu():
+    """At 16,384 tokens a matrix of all pairs would take 1 GiB a head in float32."""
+    model = tiny_model("llama", hidden_size=64, max_position_embeddings=16384).float().cuda()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fit_scorers(model, [tokens(16384)], window=WINDOW, std=1.0)
+    assert torch.cuda.max_memory_allocated() - before < 1e9
