@@ -16,6 +16,10 @@ FIRST_POSITION = 32
 """Before it stand so few targets that their noise would set the range of the plot."""
 BASE = "sink_window"
 """What a plot of text is less."""
+KINDS = ("full", "window", "sink_window", "random", DEFAULT)
+"""In every plot, always in the same colours."""
+OTHERS = 4
+"""Further variants in a plot of text: more curves than colours could not be told apart."""
 
 
 def plot_recall(rows: Sequence[Row]) -> Figure:
@@ -26,7 +30,7 @@ def plot_recall(rows: Sequence[Row]) -> Figure:
     # The best of those with the most seeds: the best of single models would be a lucky one.
     ours = [variant for variant in variants if variant.startswith("sparsek")]
     best = max(ours, key=lambda v: (len(variants[v]), _mean(variants[v], _accuracy)), default="")
-    for variant in _unique(["full", "window", "sink_window", "random", DEFAULT, best], variants):
+    for variant in _unique([*KINDS, best], variants):
         curve = [row["accuracy_by_distance"] for row in variants[variant]]
         _curve(by_distance, [2**i for i in range(len(curve[0]))], curve, variant)
     by_distance.axhline(1 / 8, color="grey", linestyle=":", label="chance")
@@ -39,14 +43,19 @@ def plot_recall(rows: Sequence[Row]) -> Figure:
 
 
 def plot_text(rows: Sequence[Row]) -> Figure:
-    """Bits per byte by position, less those of sink_window, and pass keys by length."""
+    """Bits per byte by position, less those of sink_window, and pass keys by length.
+
+    Of the variants that are no default: those with the most seeds, and of these the ones that predict best.
+    """
     variants = by_variant(rows)
+    others = sorted(set(variants) - set(KINDS), key=lambda v: (-len(variants[v]), _mean(variants[v], _bits)))
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     by_position, keys = figure.subplots(1, 2)
     base = {row["seed"]: _positions(row) for row in variants.get(BASE, [])}
-    for number, variant in enumerate(_unique(["full", "window", "sink_window", "random", *variants], variants)):
+    shown = [*KINDS, *others[:OTHERS]]
+    for variant in _unique(shown, variants):
         # One legend serves both axes, though the left ones have a curve less.
-        colour = f"C{number}"
+        colour = f"C{shown.index(variant)}"
         mine = [row for row in variants[variant] if row["seed"] in base]
         if mine and variant != BASE:
             less = [[x - base[row["seed"]][place] for place, x in _positions(row).items()] for row in mine]
@@ -94,6 +103,10 @@ def _accuracy(row: Row) -> float:
     return row["accuracy"]
 
 
+def _bits(row: Row) -> float:
+    return row["bits_per_byte"]
+
+
 def _positions(row: Row) -> dict[int, float]:
     """Bits per byte by the last position of each bin."""
     return {x["last"]: x["bits_per_byte"] for x in row["by_position"] if x["first"] >= FIRST_POSITION}
@@ -126,7 +139,7 @@ def _curve(
 
 def _legend(axes: Axes) -> None:
     """Below the axes, where it hides nothing."""
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.13), ncols=2)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.17), ncols=2)
 
 
 def _dots(axes: Axes, variants: dict[str, list[Row]], read: Read) -> None:

@@ -24,7 +24,7 @@ def sparsek_attention(
     num_selected: int,
     window: int,
     support: int | None = None,
-    gate: str = "straight_through",
+    gate: str = "value",
     document_ids: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",

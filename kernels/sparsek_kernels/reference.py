@@ -139,7 +139,7 @@ def attention_reference(
     num_selected: int,
     window: int,
     support: int | None = None,
-    gate: str = "straight_through",
+    gate: str = "value",
     document_ids: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:

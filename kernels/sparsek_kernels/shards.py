@@ -27,7 +27,7 @@ def shard_attention(
     document_start: Tensor,
     *,
     window: int,
-    gate: str = "straight_through",
+    gate: str = "value",
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:

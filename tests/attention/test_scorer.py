@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from sparsek_dist.attention.parallel import budget_of, build_scorer
 from sparsek_dist.attention.scorer import RandomScores, ScoringNetwork, SinkScores
 from sparsek_dist.config import AttentionConfig
-from sparsek_kernels.attention import DEFAULT_SUPPORT_RATIO
+from sparsek_kernels.attention import DEFAULT_SUPPORT_RATIO, sparsek_attention
+from sparsek_kernels.reference import attention_reference
+from sparsek_kernels.shards import shard_attention
 
 
 def _positions(n: int) -> torch.Tensor:
@@ -86,9 +90,11 @@ def test_sinks_are_the_first_tokens_of_a_document():
     assert scores[0, :, 0].tolist() == [0, 1, 1, 1, 1, 0, 1]
 
 
-def test_settings_and_kernels_agree_on_the_default_support():
+def test_settings_and_kernels_agree_on_their_defaults():
     config = AttentionConfig(num_selected=24)
     assert config.support_size == DEFAULT_SUPPORT_RATIO * config.num_selected
+    for function in (sparsek_attention, shard_attention, attention_reference):
+        assert inspect.signature(function).parameters["gate"].default == config.gate
 
 
 def test_all_kinds_see_as_many_pairs():

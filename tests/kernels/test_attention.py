@@ -75,7 +75,7 @@ def test_cases_exercise_every_input() -> None:
 
 def test_default_arguments_are_the_documented_ones() -> None:
     inputs = Case("defaults", num_selected=3).inputs()
-    expected = output_and_gradients(reference, inputs, num_selected=3, window=4, support=12, gate="straight_through")
+    expected = output_and_gradients(reference, inputs, num_selected=3, window=4, support=12, gate="value")
     for backend in ({}, {"backend": "auto"}, {"backend": "torch"}):
         found = output_and_gradients(
             lambda tensors, backend=backend: sparsek_attention(**tensors, num_selected=3, window=4, **backend), inputs
