@@ -120,5 +120,8 @@ def _what_ranks_say(rank: int, world_size: int) -> str:
 
 
 def test_no_rank_of_a_sequence_waits_for_ever() -> None:
-    """The rank that made the NaN names its layer, after all exchanges of the forward: no rank is left in one."""
-    assert run_distributed(_what_ranks_say, 2) == [MESSAGE, "nothing"]
+    """The rank that made the NaN names its layer, after all exchanges of the forward: no rank is left in one.
+
+    Its scores gate what the other rank selects, whose next layer is then the first that is not finite.
+    """
+    assert run_distributed(_what_ranks_say, 2) == [MESSAGE, MESSAGE.replace("layer 1", "layer 2")]
