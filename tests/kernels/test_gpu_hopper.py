@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from sparsek_kernels.gpu import attention
 from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.reference import attention_reference
 from tests.kernels import test_shards
-from tests.kernels.cases import Case
+from tests.kernels.cases import Case, num_fractional_gates
 
 WIDE = {"num_selected": 150, "window": 130, "h": 8, "g": 2, "d": 128, "b": 1}
 CASES = [
@@ -66,33 +68,79 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     return calls
 
 
+GATES = ["none", "straight_through", "value"]
+GATED = [
+    # Half of the pairs a chunk lists, and more, have a gate below 1.
+    Case("hopper_fractional", s=1237, scores="mild", **WIDE),
+    Case("hopper_fractional_64", s=1500, num_selected=300, window=64, h=6, g=2, d=64, scores="mild"),
+    Case("hopper_fractional_packed", s=1237, scores="mild", documents="halves", **WIDE),
+    Case("hopper_drift", s=1237, scores="drift", **WIDE),
+    Case("hopper_plain_and_fractional", s=1500, num_selected=500, window=130, b=1, h=8, g=2, d=128),
+]
+WITHOUT_FRACTIONS = {"hopper_increasing", "hopper_one_token", "hopper_two_tiles", "hopper_k_0_window_1", "hopper_k_0"}
+"""Cases that may lack gates between 0 and 1; so may those with short documents."""
+
+
+def half(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """On the GPU, as leaves; scores stay float32."""
+    return {
+        n: x.detach().to("cuda", dtype if n != "scores" else torch.float32).requires_grad_() for n, x in inputs.items()
+    }
+
+
+def results(attend: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Output and all gradients, in float64 on the CPU."""
+    output = attend(inputs)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(11)).to(torch.bfloat16).to(output)
+    grads = torch.autograd.grad(output, list(inputs.values()), upstream, allow_unused=True, materialize_grads=True)
+    found = {"output": output.detach(), **dict(zip(inputs, grads, strict=True))}
+    return {name: x.double().cpu() for name, x in found.items()}
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], eps: float) -> None:
+    """Outputs entry by entry; of gradients, which sum many rounded numbers, relative to their largest entry, too."""
+    torch.testing.assert_close(found["output"], expected["output"], rtol=0, atol=8 * eps)
+    for name in found.keys() - {"output"}:
+        largest = max(float(expected[name].abs().max()), 1.0)
+        apart = float((found[name] - expected[name]).abs().max())
+        assert apart <= 8 * eps * largest, f"d{name}: {apart} of {largest}"
+
+
+def num_fractional(call: Call) -> int:
+    return num_fractional_gates(call.tau, call.scores, call.visible_until, call.fractional_from)
+
+
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_equals_the_triton_kernel_and_the_reference(case: Case, dtype: torch.dtype, compared: list[Call]) -> None:
-    exact = {n: x.detach().to(dtype).double() if n != "scores" else x.detach() for n, x in case.inputs().items()}
-    expected = attention_reference(**exact, **case.settings())
-    settings = case.settings()
+@pytest.mark.parametrize("case", [*CASES, *GATED], ids=lambda case: case.name)
+def test_equals_the_triton_kernel_and_the_reference(
+    case: Case, dtype: torch.dtype, gate: str, compared: list[Call]
+) -> None:
+    settings, inputs = case.settings(), half(case.inputs(), dtype)
+    exact = {n: x.detach().cpu().double().requires_grad_() for n, x in inputs.items()}
+    expected = results(lambda x: attention_reference(**x, gate=gate, **settings), exact)
     ids = settings.pop("document_ids")
-    inputs = {n: x.to("cuda", dtype if n != "scores" else torch.float32) for n, x in exact.items()}
-    found = sparsek_attention(
-        **inputs, document_ids=None if ids is None else ids.cuda(), backend="triton", **settings
-    ).double()
-    assert len(compared) == 1
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    ids = None if ids is None else ids.cuda()
+    found = results(lambda x: sparsek_attention(**x, document_ids=ids, gate=gate, backend="triton", **settings), inputs)
+    (call,) = compared
+    assert num_fractional(call) > 1000 or case.name in WITHOUT_FRACTIONS or case.documents == "random"
+    assert_near(found, expected, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("documents", [None, "random"])
-def test_shards_with_a_carry(documents: str | None, compared: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("documents", [None, "random", "halves"])
+def test_shards_with_a_carry(
+    documents: str | None, gate: str, compared: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a halo and carried pairs."""
     monkeypatch.setattr(
         test_shards, "shard_attention", lambda *args, **settings: shard_attention(*args, backend="triton", **settings)
     )
-    case = Case("hopper_shards", s=1237, documents=documents, **WIDE)
-    inputs = {
-        n: x.detach().to("cuda", torch.bfloat16 if n != "scores" else torch.float32) for n, x in case.inputs().items()
-    }
-    found = test_shards.attend_in_shards(inputs, [333, 800], case, 600, "straight_through")
+    case = Case("hopper_shards", s=1237, documents=documents, scores="mild", **WIDE)
+    inputs = half(case.inputs(), torch.bfloat16)
+    found = results(lambda x: test_shards.attend_in_shards(x, [333, 800], case, 600, gate), inputs)
     assert [call.has_carry for call in compared] == [True, True, True]
-    exact = {n: x.double().cpu() for n, x in inputs.items()}
-    expected = attention_reference(**exact, **case.settings())
-    torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=0.06)
+    assert documents == "random" or min(map(num_fractional, compared)) > 1000
+    exact = {n: x.detach().cpu().double().requires_grad_() for n, x in inputs.items()}
+    expected = results(lambda x: attention_reference(**x, gate=gate, **case.settings()), exact)
+    assert_near(found, expected, torch.finfo(torch.bfloat16).eps)

@@ -62,7 +62,7 @@ def _fetch(
 
 @gluon.jit
 def _load_checks(entry, lookups, masked, gated, GATE: gl.constexpr):
-    """What says which queries see these entries [BN], if a mask needs it; with gates their scores, if one needs them."""
+    """Until when queries see these entries [BN], for a mask; and with GATE, for gates, their scores."""
     visible_until, scores = lookups
     checks = (gl.load(visible_until + entry, mask=masked, other=0),)
     if GATE != "none":
