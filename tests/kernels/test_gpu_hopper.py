@@ -30,7 +30,7 @@ CASES = [
     Case("hopper_k_beyond_n", s=301, num_selected=400, window=20, d=64, documents="random"),
     Case("hopper_heads", s=600, num_selected=140, window=70, b=1, h=32, g=8, d=128),
     *(
-        Case(f"hopper_group_{group}", s=450, num_selected=70, window=65, h=2 * group, g=2, d=d, documents="random")
+        Case(f"hopper_group_{group}", s=450, num_selected=70, window=65, h=2 * group, g=2, d=d, documents="halves")
         for group, d in [(1, 64), (2, 128), (4, 64), (5, 128), (8, 64), (16, 128), (64, 64), (64, 128)]
     ),
 ]
@@ -68,66 +68,96 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     return calls
 
 
-GATES = ["none", "straight_through", "value"]
-GATED = [
-    # Half of the pairs a chunk lists, and more, have a gate below 1.
+FRACTIONAL = [
     Case("hopper_fractional", s=1237, scores="mild", **WIDE),
-    Case("hopper_fractional_64", s=1500, num_selected=300, window=64, h=6, g=2, d=64, scores="mild"),
     Case("hopper_fractional_packed", s=1237, scores="mild", documents="halves", **WIDE),
+    Case("hopper_fractional_64", s=1500, num_selected=300, window=64, b=1, h=6, g=2, d=64, scores="mild"),
+]
+"""Half of the pairs that a chunk lists, and more, have a gate below 1."""
+GATED = [
+    *FRACTIONAL, Case("hopper_short_documents", s=1237, num_selected=3, window=2, h=4, g=2, d=64, documents="random"),
     Case("hopper_drift", s=1237, scores="drift", **WIDE),
     Case("hopper_plain_and_fractional", s=1500, num_selected=500, window=130, b=1, h=8, g=2, d=128),
-]
-WITHOUT_FRACTIONS = {"hopper_increasing", "hopper_one_token", "hopper_two_tiles", "hopper_k_0_window_1", "hopper_k_0"}
-"""Cases that may lack gates between 0 and 1; so may those with short documents."""
-
-
-def half(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """On the GPU, as leaves; scores stay float32."""
-    return {
-        n: x.detach().to("cuda", dtype if n != "scores" else torch.float32).requires_grad_() for n, x in inputs.items()
-    }
-
-
-def results(attend: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and all gradients, in float64 on the CPU."""
-    output = attend(inputs)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(11)).to(torch.bfloat16).to(output)
-    grads = torch.autograd.grad(output, list(inputs.values()), upstream, allow_unused=True, materialize_grads=True)
-    found = {"output": output.detach(), **dict(zip(inputs, grads, strict=True))}
-    return {name: x.double().cpu() for name, x in found.items()}
-
-
-def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], eps: float) -> None:
-    """Outputs entry by entry; of gradients, which sum many rounded numbers, relative to their largest entry, too."""
-    torch.testing.assert_close(found["output"], expected["output"], rtol=0, atol=8 * eps)
-    for name in found.keys() - {"output"}:
-        largest = max(float(expected[name].abs().max()), 1.0)
-        apart = float((found[name] - expected[name]).abs().max())
-        assert apart <= 8 * eps * largest, f"d{name}: {apart} of {largest}"
+]  # fmt: skip
+WITHOUT_FRACTIONS = {"hopper_one_token", "hopper_two_tiles", "hopper_k_0_window_1", "hopper_k_0"}
+"""Cases without gates between 0 and 1; so are those whose documents are shorter than k."""
 
 
 def num_fractional(call: Call) -> int:
     return num_fractional_gates(call.tau, call.scores, call.visible_until, call.fractional_from)
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", [*CASES, *GATED], ids=lambda case: case.name)
+def check_fractions(case: Case, calls: list[Call]) -> None:
+    if case.name not in WITHOUT_FRACTIONS and (case.documents != "random" or case.num_selected < 10):
+        assert min(map(num_fractional, calls)) > 1000
+
+
+def compare_with_reference(
+    attend: Callable[[dict[str, Tensor]], Tensor], case: Case, dtype: torch.dtype, gate: str, gradients: bool
+) -> None:
+    """Output and gradients of rounded inputs against those of the reference in float64."""
+    inputs = {
+        n: x.detach().to("cuda", dtype if n != "scores" else torch.float32).requires_grad_()
+        for n, x in case.inputs().items()
+    }
+    exact = {n: x.detach().cpu().double().requires_grad_() for n, x in inputs.items()}
+    expected = attention_reference(**exact, gate=gate, **case.settings())
+    found = attend(inputs)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.detach().double().cpu(), expected.detach(), rtol=0, atol=8 * eps)
+    if not gradients:
+        return
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(11)).to(dtype)
+    for name, *pair in zip(
+        inputs,
+        *(
+            torch.autograd.grad(out, list(leaves.values()), upstream.to(out), allow_unused=True, materialize_grads=True)
+            for out, leaves in ((found, inputs), (expected, exact))
+        ),
+        strict=True,
+    ):
+        # Sums of many rounded numbers: an entry is right up to the size of the largest.
+        found_grad, exact_grad = (x.double().cpu() for x in pair)
+        largest = max(1.0, float(exact_grad.abs().max()))
+        torch.testing.assert_close(
+            found_grad, exact_grad, rtol=0, atol=8 * eps * largest, msg=lambda text, name=name: f"d{name}: {text}"
+        )
+
+
+def on_hopper(case: Case, gate: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    settings = case.settings()
+    ids = settings.pop("document_ids")
+    ids = None if ids is None else ids.cuda()
+    return lambda inputs: sparsek_attention(**inputs, document_ids=ids, gate=gate, backend="triton", **settings)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "gate"),
+    [
+        *((case, torch.bfloat16, "straight_through") for case in CASES),
+        *((case, torch.float16, "value") for case in [*CASES, *GATED]),
+        *((case, torch.bfloat16, "value") for case in GATED),
+        *((case, torch.float16, "none") for case in FRACTIONAL),
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
 def test_equals_the_triton_kernel_and_the_reference(
     case: Case, dtype: torch.dtype, gate: str, compared: list[Call]
 ) -> None:
-    settings, inputs = case.settings(), half(case.inputs(), dtype)
-    exact = {n: x.detach().cpu().double().requires_grad_() for n, x in inputs.items()}
-    expected = results(lambda x: attention_reference(**x, gate=gate, **settings), exact)
-    ids = settings.pop("document_ids")
-    ids = None if ids is None else ids.cuda()
-    found = results(lambda x: sparsek_attention(**x, document_ids=ids, gate=gate, backend="triton", **settings), inputs)
-    (call,) = compared
-    assert num_fractional(call) > 1000 or case.name in WITHOUT_FRACTIONS or case.documents == "random"
-    assert_near(found, expected, torch.finfo(dtype).eps)
+    compare_with_reference(on_hopper(case, gate), case, dtype, gate, gradients=False)
+    assert len(compared) == 1
+    check_fractions(case, compared)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["none", "straight_through", "value"])
+@pytest.mark.parametrize("case", FRACTIONAL, ids=lambda case: case.name)
+def test_gradients(case: Case, gate: str, compared: list[Call]) -> None:
+    compare_with_reference(on_hopper(case, gate), case, torch.bfloat16, gate, gradients=True)
+    assert len(compared) == 1
+    check_fractions(case, compared)
+
+
+@pytest.mark.parametrize("gate", ["straight_through", "value"])
 @pytest.mark.parametrize("documents", [None, "random", "halves"])
 def test_shards_with_a_carry(
     documents: str | None, gate: str, compared: list[Call], monkeypatch: pytest.MonkeyPatch
@@ -137,10 +167,12 @@ def test_shards_with_a_carry(
         test_shards, "shard_attention", lambda *args, **settings: shard_attention(*args, backend="triton", **settings)
     )
     case = Case("hopper_shards", s=1237, documents=documents, scores="mild", **WIDE)
-    inputs = half(case.inputs(), torch.bfloat16)
-    found = results(lambda x: test_shards.attend_in_shards(x, [333, 800], case, 600, gate), inputs)
+    compare_with_reference(
+        lambda inputs: test_shards.attend_in_shards(inputs, [333, 800], case, 600, gate),
+        case,
+        torch.bfloat16,
+        gate,
+        True,
+    )
     assert [call.has_carry for call in compared] == [True, True, True]
-    assert documents == "random" or min(map(num_fractional, compared)) > 1000
-    exact = {n: x.detach().cpu().double().requires_grad_() for n, x in inputs.items()}
-    expected = results(lambda x: attention_reference(**x, gate=gate, **case.settings()), exact)
-    assert_near(found, expected, torch.finfo(torch.bfloat16).eps)
+    check_fractions(case, compared)

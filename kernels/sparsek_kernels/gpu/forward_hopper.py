@@ -64,10 +64,8 @@ def _fetch(
 def _load_checks(entry, lookups, masked, gated, GATE: gl.constexpr):
     """Until when queries see these entries [BN], for a mask; and with GATE, for gates, their scores."""
     visible_until, scores = lookups
-    checks = (gl.load(visible_until + entry, mask=masked, other=0),)
-    if GATE != "none":
-        checks = (checks[0], gl.load(scores + entry, mask=gated, other=0.0))
-    return checks
+    until = gl.load(visible_until + entry, mask=masked, other=0)
+    return (until, gl.load(scores + entry, mask=gated, other=0.0)) if GATE != "none" else (until,)
 
 
 @gluon.jit
@@ -106,6 +104,21 @@ def _step(
     out = warpgroup_mma_wait(0, deps=(out,))
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
     return (own, last), (largest, total, weights, out), fetched, following
+
+
+@gluon.jit
+def _first_step(
+    query_tile, keys, checks, rows, scale, window, columns, BN: gl.constexpr, GATE: gl.constexpr, LOGITS: gl.constexpr
+):  # fmt: skip
+    """Weighs tile 0, masked and gated in any case; weights, largest and total as in `_step`."""
+    none = gl.full([query_tile.shape[0], BN], 0.0, gl.float32, LOGITS)
+    logits = warpgroup_mma(query_tile, keys.permute((1, 0)), none, use_acc=False, is_async=True)
+    logits = mask_logits(warpgroup_mma_wait(0, deps=(logits,)), 0, checks[0], rows[0], columns, BN)
+    largest = gl.full([query_tile.shape[0]], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS))
+    weights, largest, total, _ = _softmax(logits, scale, largest, gl.zeros_like(largest))
+    if GATE != "none":
+        weights = gate_weights(weights, 0, checks[1], rows[1], rows[0], columns, window, BN, False)
+    return weights, largest, total
 
 
 @gluon.jit
@@ -186,18 +199,12 @@ def forward_hopper_kernel(
     fetched = _fetch(1, (1, 0), fetched, tables, buffers, num_tiles, BN, HAS_CARRY, OFFSET, False)
     following = _load_checks(fetched[1], lookups, num_seen <= 1, num_plain <= 1, GATE)
     mine, _, exists = _tile_rows(tile, s, G, GP, BQ, LOGITS)
-    rows = (mine,)
-    if GATE != "none":
-        rows = (mine, gl.load(tau + bg * s + mine, mask=exists, other=0.0))
+    rows = (mine, gl.load(tau + bg * s + mine, mask=exists, other=0.0)) if GATE != "none" else (mine,)
     async_copy.wait_group(1)
     fence_async_shared()
-    none = gl.zeros([ROWS, BN], gl.float32, LOGITS)
-    logits = warpgroup_mma(query_tile, key_slots.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-    logits = mask_logits(warpgroup_mma_wait(0, deps=(logits,)), 0, checks[0], mine, columns, BN)
-    largest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS))
-    weights, largest, total, _ = _softmax(logits, scale, largest, gl.zeros_like(largest))
-    if GATE != "none":
-        weights = gate_weights(weights, 0, checks[1], rows[1], mine, columns, window, BN, False)
+    weights, largest, total = _first_step(
+        query_tile, key_slots.index(0), checks, rows, scale, window, columns, BN, GATE, LOGITS
+    )
     slots, kinds = (0, 1), (num_plain, num_seen, num_tiles)
     state = (largest, total, weights, gl.zeros([ROWS, D], gl.float32, OUT))
     for j in range(1, num_plain):
