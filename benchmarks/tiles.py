@@ -28,12 +28,22 @@ from sparsek_kernels.gpu import call as calls
 from sparsek_kernels.gpu.tiles import Tile, Tiles, tiles_for
 
 MOST_APART = 0.02
-# By kernel: rows, columns, warps, stages; for dq also the columns at a time where gates are fractional.
-CANDIDATES: dict[str, list[tuple[int, ...]]] = {
-    "grad_query": [(128, 64, 8, 2, 16), (128, 32, 8, 3, 16), (64, 64, 4, 2, 16)],
-    "grad_selected": [(32, 128, 8, 2), (16, 64, 4, 2), (16, 64, 4, 3), (32, 64, 8, 2)],
-    "grad_window": [(32, 128, 8, 3), (16, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2)],
+# By widest head and kernel: rows, columns, warps, stages; for dq also the columns at a time where gates are fractional.
+CANDIDATES: dict[int, dict[str, list[tuple[int, ...]]]] = {
+    128: {
+        "grad_query": [(128, 64, 8, 2, 16), (128, 32, 8, 3, 16), (64, 64, 4, 2, 16)],
+        "grad_selected": [(32, 128, 8, 2), (16, 64, 4, 2), (16, 64, 4, 3), (32, 64, 8, 2)],
+        "grad_window": [(32, 128, 8, 3), (16, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2)],
+    },
+    # Only tiles of 64 keys (rows, for dq) let the compiler use Hopper's own matrix products: those of 32 are the slow
+    # ones that spill nothing. (64, 64, ...) and dq's (128, 32, ...) do not fit GPUs before Hopper.
+    256: {
+        "grad_query": [(64, 64, 8, 2, 16), (128, 32, 8, 2, 16), (64, 32, 8, 3, 16)],
+        "grad_selected": [(16, 64, 8, 2), (16, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)],
+        "grad_window": [(16, 64, 8, 2), (16, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)],
+    },
 }
+GATES = ("straight_through", "value")
 
 
 class Stopwatch:
@@ -77,7 +87,7 @@ def measure(kernel: str, tiles: Tiles, inputs: list[Tensor], grad: Tensor, args:
     """Median milliseconds of the kernel, registers, spilled bytes, and the gradients."""
     watch = Stopwatch(getattr(attention, f"{kernel}_kernel"), inputs[0].device.type)
     with mock.patch.object(calls, "tiles_for", lambda *_: tiles):
-        out = sparsek_attention(*inputs, num_selected=args.k, window=args.k, backend="triton")
+        out = sparsek_attention(*inputs, num_selected=args.k, window=args.k, gate=args.gate, backend="triton")
         with mock.patch.object(attention, f"{kernel}_kernel", watch):
             samples = []
             for _ in range(args.rounds + 1):
@@ -106,12 +116,13 @@ def compare(h: int, g: int, d: int, args: argparse.Namespace) -> bool:
     inputs.append(torch.randn(1, args.n, g, device=device, requires_grad=True))
     grad, agree = torch.randn_like(inputs[0]), True
     shipped = tiles_for(d, h // g, dtype.itemsize)
-    print(f"h{h} g{g} d{d}, k = w = {args.k}, {args.n} tokens, {dtype}")
+    candidates = CANDIDATES[128 if d <= 128 else 256]
+    print(f"h{h} g{g} d{d}, k = w = {args.k}, {args.n} tokens, {dtype}, gate {args.gate}")
     titles = ("kernel", "rows, columns, warps, stages", "ms", "registers", "spilled", "apart")
     print("  {:14s} {:30s} {:>9s} {:>9s} {:>8s} {:>9s}".format(*titles))
     for kernel in args.kernels:
         expected: tuple[Tensor, ...] = ()
-        for numbers in [(), *CANDIDATES[kernel][: 1 if args.tiny else None]]:
+        for numbers in [(), *candidates[kernel][: 1 if args.tiny else None]]:
             name = str(numbers) if numbers else "shipped"
             try:
                 ms, registers, spilled, grads = measure(
@@ -135,7 +146,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=131072)
     parser.add_argument("--k", type=int, default=1024, help="selected pairs, and window")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES[128], default=list(CANDIDATES[128]))
+    parser.add_argument("--gate", choices=GATES, default=GATES[0], help="with straight_through dq sums keys, too")
     parser.add_argument("--tiny", action="store_true", help="on the CPU in Triton's interpreter")
     args = parser.parse_args()
     if args.tiny:

@@ -127,6 +127,14 @@ def document_start(document_ids: Tensor | None, b: int, s: int) -> Tensor:
     return torch.where(is_first, index, 0).cummax(dim=1).values
 
 
+def num_fractional_gates(tau: Tensor, scores: Tensor, visible_until: Tensor, fractional_from: Tensor) -> int:
+    """How many pairs (query, visible entry) have 0 < m < 1; tau [b, g, s], the others [b, g, entries]."""
+    queries = torch.arange(tau.shape[-1], device=tau.device)
+    gate = scores[..., None] - tau[..., None, :]
+    visible = (queries < visible_until[..., None]) & (queries >= fractional_from[..., None])
+    return int((visible & (gate > 0) & (gate < 1)).sum())
+
+
 EDGE_CASES = [
     Case("one_token", s=1),
     Case("two_tokens_window_1", s=2, window=1, num_selected=1),

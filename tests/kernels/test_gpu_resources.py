@@ -55,11 +55,14 @@ def test_kernels_fit(setting: tuple) -> None:
 
 HOPPER = [
     (128, 4, "bfloat16", 90, "straight_through", "", "hopper"),
+    (128, 4, "bfloat16", 90, "value", "", "hopper"),
     *(
         pytest.param((*x, "hopper"), marks=pytest.mark.slow)
         for x in [
             (128, 1, "float16", 90, "none", "carry"), (128, 64, "bfloat16", 90, "none", "carry"),
             (64, 1, "bfloat16", 90, "none", ""), (64, 3, "float16", 90, "straight_through", "carry"),
+            (128, 1, "float16", 90, "value", "carry"), (128, 64, "bfloat16", 90, "value", "carry"),
+            (64, 1, "bfloat16", 90, "value", ""), (64, 3, "float16", 90, "value", "carry"),
         ]
     ),
 ]  # fmt: skip

@@ -62,7 +62,7 @@ def heads_first(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("h", "d"), [(2, 64), (6, 128), (128, 64), (256, 128)])
-@pytest.mark.parametrize("gate", ["none", "straight_through"])
+@pytest.mark.parametrize("gate", ["none", "straight_through", "value"])
 def test_ordinary_calls_get_it(gate: str, h: int, d: int, dtype: torch.dtype) -> None:
     assert hopper_forward_applies(call_of(h=h, d=d, dtype=dtype, gate=gate))
 
@@ -74,8 +74,7 @@ def test_views_with_aligned_rows_get_it(view: Callable[[Tensor], Tensor]) -> Non
 
 
 REFUSED = {
-    "gate value counts": call_of(gate="value"),
-    "gate key_value counts": call_of(gate="key_value"),
+    "gate key_value scales the logits": call_of(gate="key_value"),
     "not all float16, or all bfloat16": call_of(dtype=torch.float32),
     "not all .* bfloat16": call_of(dtype=torch.float64),
     "heads are 32 wide": call_of(d=32),
@@ -120,11 +119,12 @@ def test_without_gluon_the_kernel_for_all_gpus_runs(monkeypatch: pytest.MonkeyPa
     assert "lacks what it is written in" in hopper.why_not_hopper(call_of())
 
 
-def test_arguments_stand_in_the_order_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gate", ["none", "straight_through", "value"])
+def test_arguments_stand_in_the_order_of_the_kernel(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of `forward_kernel`, whose arguments Call lists; and every constant has its name."""
     kernel, log = kernel_for_hopper(), []
     monkeypatch.setattr(hopper, "kernel_for_hopper", lambda: Recorder(kernel, log))
-    call = call_of()
+    call = replace(call_of(gate=gate), fractional_from=torch.ones(B, G, SUPPORT + T, dtype=torch.int32))
     out, lse = torch.empty_like(call.query), torch.empty(B, 8, S)
     forward_on_hopper(call, out, lse)
     ((_, arguments, constants),) = log
@@ -136,6 +136,10 @@ def test_arguments_stand_in_the_order_of_the_kernel(monkeypatch: pytest.MonkeyPa
     assert found["q"] is call.query
     assert found["carry_v"] is call.carry_value
     assert found["alive"] is call.alive
+    assert found["tau"] is call.tau
+    assert found["fractional_from"] is (call.fractional_from if gate == "value" else call.visible_until)
+    assert found["scores"] is (call.scores if gate == "value" else call.tau)
+    assert constants["GATE"] == ("value" if gate == "value" else "none")
     assert found["out"] is out
     assert found["lse"] is lse
     assert (found["s"], found["t"], found["S"], found["window"], found["g"]) == (S, T, SUPPORT, 4, G)

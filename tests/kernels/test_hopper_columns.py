@@ -1,83 +1,28 @@
-"""The columns of the forward for Hopper, without a GPU: Gluon has no interpreter, so here numpy stands in for it.
-
-Its device functions are plain Python. They run with arrays as blocks and with pointers that know their bounds.
-"""
+"""The columns of the forward for Hopper, without a GPU: its device functions run in numpy (gluon_numpy.py)."""
 
 from __future__ import annotations
 
 import itertools
-import types
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from sparsek_kernels.gpu import hopper_columns
 from sparsek_kernels.selection import Selection
+from tests.kernels.gluon_numpy import Pointer, block, functions, load
 from tests.kernels.test_gpu_selection import Problem, plain, random_problem, shard_problem, starts_of
-
-
-class Block(np.ndarray):
-    """Numbers of a block; its layout, like that of every block, does not matter."""
-
-    @property
-    def type(self) -> Any:
-        return types.SimpleNamespace(layout=None)
-
-    def to(self, dtype: type) -> Block:
-        return self.astype(dtype)
-
-
-def block(x: Any) -> Block:
-    return np.atleast_1d(np.asarray(x)).view(Block)
-
-
-@dataclass(frozen=True)
-class Pointer:
-    memory: np.ndarray
-    offset: Any = 0
-
-    def __add__(self, more: Any) -> Pointer:
-        return Pointer(self.memory, self.offset + more)
-
-
-def load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Block:
-    """Nothing outside the tensor is read, unless masked."""
-    at, mask = np.broadcast_arrays(np.asarray(pointer.offset), mask)
-    assert ((at[mask] >= 0) & (at[mask] < len(pointer.memory))).all(), (at[mask], len(pointer.memory))
-    loaded = np.full(at.shape, other)
-    loaded[mask] = pointer.memory[at[mask]]
-    return block(loaded)
-
-
-NUMPY = types.SimpleNamespace(
-    arange=lambda low, high, layout: block(np.arange(low, high)), load=load, where=lambda *x: block(np.where(*x)),
-    minimum=lambda *x: block(np.minimum(*x)), maximum=lambda *x: block(np.maximum(*x)),
-    sum=lambda x, axis: block(np.sum(x, axis)), int32=np.int64, int64=np.int64, constexpr=None,
-    BlockedLayout=lambda *x: None, SliceLayout=lambda *x: None, convert_layout=lambda x, layout: x,
-)  # fmt: skip
-
-
-def functions() -> types.SimpleNamespace:
-    """Those of hopper_columns.py, in numpy."""
-    names = {"gl": NUMPY, "BEFORE_ALL": hopper_columns.ANYWHERE, "AFTER_ALL": -hopper_columns.ANYWHERE}
-    for name, value in vars(hopper_columns).items():
-        if hasattr(value, "fn"):
-            names[name] = types.FunctionType(value.fn.__code__, names)
-    return types.SimpleNamespace(**names)
 
 
 def columns_seen(problem: Problem, found: Selection, batch: int, tile: int, rows: int, width: int) -> list[list[int]]:
     """Of each query of a tile, the entries that it sees in the loop of the kernel, over tiles of `width` columns."""
     run, k, s = functions(), problem.num_selected, problem.document_start.shape[1]
     support, t = problem.carry_scores.shape[-1], problem.scores.shape[2]
-    until = Pointer(found.visible_until[batch, 0].numpy())
-    columns, num_plain = run.column_list(
-        block(tile), Pointer(found.alive[batch, 0].flatten().numpy()), until,
+    until, fractional = (Pointer(x[batch, 0].numpy()) for x in (found.visible_until, found.fractional_from))
+    columns, num_plain, num_seen = run.column_list(
+        block(tile), Pointer(found.alive[batch, 0].flatten().numpy()), fractional, until,
         Pointer(problem.document_start[batch].numpy()), s, t - s, problem.window,
-        k, 1 << max(k - 1, 0).bit_length(), problem.chunk_size, rows, width, 4,
+        k, 1 << max(k - 1, 0).bit_length(), problem.chunk_size, rows, width, 4, "value",
     )  # fmt: skip
     queries = block(np.arange(tile * rows, tile * rows + rows))
     seen: list[list[int]] = [[] for _ in queries]
@@ -86,7 +31,9 @@ def columns_seen(problem: Problem, found: Selection, batch: int, tile: int, rows
         entry = run.entry_of(rank, run.fetch_listed(rank, columns), columns, support + t - s)
         assert ((entry >= 0) & (entry < support + t)).all(), "rows that do not exist are fetched"
         logits = run.mask_logits(block(np.zeros((rows, width))), j, load(until + entry), queries, columns, width)
-        assert j >= num_plain or not logits[queries < s].any(), "a tile without a mask holds what a query must not see"
+        assert j >= num_seen or not logits[queries < s].any(), "a tile without a mask holds what a query must not see"
+        in_window = rank < 0
+        assert j >= num_plain or (in_window | (load(fractional + entry) > queries[queries < s].max())).all(), "a gate"
         for seen_by_one, row in zip(seen, logits, strict=True):
             seen_by_one += entry[row == 0].tolist()
     return seen[: s - tile * rows]

@@ -30,13 +30,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if hopper_forward_applies(call):
         forward_on_hopper(call, out, lse)
         return out, lse
-    gate = "none" if call.gate == "straight_through" else call.gate
-    # Without gates no score is read.
-    scores = call.tau if gate == "none" else call.scores
     constants = call.constants(call.tiles.forward)
     forward_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
-        *call.query_tables(gate, scores), out, lse, *call.numbers(), GATE=gate, **call.query_constants(), **constants
-    )
+        *call.forward_tables(), out, lse, *call.numbers(), GATE=call.forward_gate,
+        **call.query_constants(), **constants,
+    )  # fmt: skip
     return out, lse
 
 

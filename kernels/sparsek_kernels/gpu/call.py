@@ -65,6 +65,11 @@ class Call:
         """[b, g, S + t]: from this query on an entry has a gate below 1, unless it is out of sight before."""
         return self.visible_until if gate == "none" else self.fractional_from
 
+    @property
+    def forward_gate(self) -> str:
+        """The gate that counts in the forward."""
+        return "none" if self.gate == "straight_through" else self.gate
+
     def strides(self) -> tuple[int, ...]:
         """Those of query (b, s, h), key (b, t, g), value (b, t, g), carried pairs (b, g, k)."""
         key, value, carried = self.key.stride(), self.value.stride(), self.carry_key.stride()
@@ -103,6 +108,11 @@ class Call:
             self.query, self.key, self.value, self.carry_key, self.carry_value, scores, self.tau, self.visible_until,
             self.gated_from(gate), self.alive, self.document_start,
         )  # fmt: skip
+
+    def forward_tables(self) -> tuple[Tensor, ...]:
+        """Those of the forward; without gates no score is read."""
+        gate = self.forward_gate
+        return self.query_tables(gate, self.tau if gate == "none" else self.scores)
 
     def numbers(self) -> tuple[int | float, ...]:
         """And their last ones before the constants."""

@@ -32,8 +32,8 @@ def why_not_hopper(call: Call) -> str | None:
     """What keeps the forward for Hopper from computing this call on such a GPU, in words; None if nothing does."""
     _, _, h, d, _, g, _ = call.sizes
     tensors = (call.query, call.key, call.value, *((call.carry_key, call.carry_value) if call.has_carry else ()))
-    if call.gate not in ("none", "straight_through"):
-        return f"gate {call.gate} counts in the forward"
+    if call.gate == "key_value":
+        return "gate key_value scales the logits, too"
     if any(x.dtype != call.query.dtype or x.dtype not in (torch.float16, torch.bfloat16) for x in tensors):
         return "the tensors are not all float16, or all bfloat16"
     if d not in HOPPER_FORWARD:
@@ -74,7 +74,7 @@ def forward_on_hopper(call: Call, out: Tensor, lse: Tensor) -> None:
     """Fills output [b, s, h, d] and log-sum-exp in base 2 [b, h, s]."""
     constants = hopper_constants(call)
     grid = (triton.cdiv(call.query.shape[1], constants["BQ"]), out.shape[0] * call.key.shape[2])
-    kernel_for_hopper()[grid](*call.query_tables("none", call.tau), out, lse, *call.numbers(), **constants)
+    kernel_for_hopper()[grid](*call.forward_tables(), out, lse, *call.numbers(), **constants)
 
 
 def hopper_constants(call: Call) -> dict[str, Any]:
@@ -90,5 +90,6 @@ def hopper_constants(call: Call) -> dict[str, Any]:
         **{name: shared[name] for name in ("G", "GP", "BQ", "BN", "num_warps")},
         **call.query_constants(),
         "D": d,
+        "GATE": call.forward_gate,
         "OFFSET": gl.int32 if furthest < 1 << 31 else gl.int64,
     }
