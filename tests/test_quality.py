@@ -252,16 +252,20 @@ def _curves(axes):
 
 def test_the_plot_of_text_shows_a_variant_in_one_colour_where_targets_are_many():
     bins = [{"first": 2**i, "last": 2 ** (i + 1) - 1, "bits_per_byte": 2.0} for i in range(8)]
-    rows = [
-        {"variant": kind, "seed": 0, "by_position": bins, "passkey": [{"length": 8, "accuracy": 0.5}]}
-        for kind in ("sparsek, value, std 1", "full", "sink_window", "random")
-    ]
+    told = {"by_position": bins, "passkey": [{"length": 8, "accuracy": 0.5}], "bits_per_byte": 2.0}
+    rows = [{"variant": kind, "seed": 0, **told} for kind in ("sparsek, value, std 1", "full", "sink_window", "random")]
     by_position, keys = (_curves(axes) for axes in plot_text(rows).axes)
     assert set(by_position) == set(keys) - {"sink_window"}
     for name, curve in by_position.items():
         assert curve.get_color() == keys[name].get_color()
         assert min(curve.get_xdata()) == 2 * FIRST_POSITION - 1
     assert len({curve.get_color() for curve in keys.values()}) == 4
+    # Of many others, those with the most seeds and then the fewest bits: more could not be told apart.
+    rows += [{"variant": "often", "seed": seed, **told, "bits_per_byte": 9.0} for seed in range(2)]
+    rows += [{"variant": f"once {bits}", "seed": 0, **told, "bits_per_byte": bits} for bits in (3.0, 1.0, 2.5, 1.5)]
+    shown = _curves(plot_text(rows).axes[1])
+    assert set(shown) == {*keys, "often", "once 1.0", "once 1.5"}
+    assert len({curve.get_color() for curve in shown.values()}) == len(shown)
 
 
 def test_the_plot_of_converted_text_is_paired_with_the_dense_model_of_the_seed():

@@ -40,6 +40,8 @@ class Cell:
     """Learning rate of the scorers, as a multiple of that of all other weights."""
     share: float = 0.0
     """For `convert-..`: tuning, as a share of the dense model's training."""
+    tuning_rate: float = 0.3
+    """For `convert-..`: peak learning rate, as a share of that of training."""
     seed: int = 0
 
     @property
@@ -60,8 +62,9 @@ class Cell:
     @property
     def variant(self) -> str:
         """What all seeds share; names the rows of a report."""
+        tuned = [f"tuned at {self.tuning_rate:g}"] if self.tuning_rate != 0.3 else []
         if self.kind != "sparsek":
-            return self.kind
+            return ", ".join([self.kind, *tuned])
         words = ["sparsek", self.gate, f"std {self.std:g}"]
         to = f" to {self.slope * self.slope_ratio:g}" if self.slope_ratio != 1 else ""
         words += [f"slope {self.slope:g}{to}"] if self.slope else []
@@ -69,7 +72,7 @@ class Cell:
         words += [f"k {self.selected:.0%}"] if self.selected != 0.5 else []
         words += ["distilled"] if self.distilled else []
         words += [f"scorer rate {self.scorer_rate:g}"] if self.scorer_rate != 1 else []
-        return ", ".join(words)
+        return ", ".join([*words, *tuned])
 
     @property
     def name(self) -> str:
@@ -124,6 +127,13 @@ def _settings(scale: Scale) -> Iterator[Cell]:
                     for slope in SLOPES[:2]:
                         for distilled in (True, False) if task == "convert-text" else (False,):
                             yield Cell(task=task, gate=gate, slope=slope, distilled=distilled, share=share, seed=seed)
+        # A lower rate: 0.3 made models worse that had nothing to learn. And scorers that learn faster than the rest.
+        for share in scale.shares[1:]:
+            for rate in (1.0, 10.0):
+                yield Cell(
+                    task="convert-text", distilled=True, scorer_rate=rate, tuning_rate=0.1, share=share, seed=seed
+                )
+            yield Cell(task="convert-text", kind="sink_window", tuning_rate=0.1, share=share, seed=seed)
         for task in ("recall", "text"):
             for slope in SLOPES:
                 for std in STDS:

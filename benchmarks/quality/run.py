@@ -31,8 +31,6 @@ from sparsek_dist.training.optim import build_optimizer, learning_rate, set_lear
 
 DISTILLED_BATCHES = 4
 """Last steps of the dense model's training, which scorers are fitted to."""
-TUNING_RATE = 0.3
-"""Peak learning rate of tuning, as a share of that of training."""
 
 
 @dataclass
@@ -111,7 +109,7 @@ def configuration(cell: Cell, study: Study) -> Config:
     if cell.source:
         model = ModelConfig(source=str(study.folder(cell.source)))
     if cell.converts:
-        steps, rate = math.ceil(cell.share * steps), rate * TUNING_RATE
+        steps, rate = math.ceil(cell.share * steps), rate * cell.tuning_rate
     return Config(
         run=RunConfig(seed=cell.seed),
         model=model,
