@@ -3,6 +3,7 @@
     python benchmarks/attention.py --out results                  # about five minutes on an H200
     python benchmarks/attention.py --out results --quick          # 8k, 32k and 131k of the first shape only
     python benchmarks/attention.py --out results --shapes wide narrow
+    python benchmarks/attention.py --out results --gate straight_through
     python benchmarks/attention.py --out results --device cpu     # tiny sizes through torch: shows that the script runs
 
 First holds outputs and gradients against float64, and 100 runs against each other. Times are medians of CUDA events;
@@ -19,7 +20,7 @@ import time
 import torch
 
 from attention_cells import SLOPES, Bench, Shape, measure_dense, measure_sparsek
-from attention_checks import FIRST, LATER, check, check_determinism
+from attention_checks import GATES, cases, check, check_determinism
 from attention_report import MAIN_LENGTH, first_budgets, plot, report, report_figures, report_scores
 from machine import add_options, describe
 
@@ -80,6 +81,7 @@ def options() -> argparse.Namespace:
     add_options(parser, seconds=400)
     parser.add_argument("--quick", action="store_true", help="only 8k, 32k and 131k of the first shape")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES)[:3], help="the first is main")
+    parser.add_argument("--gate", choices=GATES, default="value")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     return parser.parse_args()
 
@@ -89,9 +91,10 @@ def main() -> None:
     torch.manual_seed(0)
     gpu = chosen.device == "cuda"
     machine = describe(chosen.device, chosen.commit)
-    bench = Bench(chosen.device, chosen.out, begin + chosen.seconds, 1 if gpu else 256, machine)
+    bench = Bench(chosen.device, chosen.out, begin + chosen.seconds, 1 if gpu else 256, machine, chosen.gate)
     shapes = [(SHAPES if gpu else TINY)[name] for name in chosen.shapes]
-    check(bench, FIRST)
+    before, after = cases(bench.gate)
+    check(bench, before)
     check_determinism(bench, shapes[0])
     bench.save()
     print(f"checked after {time.perf_counter() - begin:.0f} s", flush=True)
@@ -101,7 +104,7 @@ def main() -> None:
     else:
         measure(bench, shapes)
         # Other gates are other kernels: half a minute each to compile, so the times come first.
-        check(bench, LATER)
+        check(bench, after)
     report(bench, shapes)
     report_scores(bench, shapes)
     for shape in first_budgets(shapes):

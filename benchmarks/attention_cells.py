@@ -59,6 +59,8 @@ class Bench:
     shrink: int
     """Divides every length and budget: 1 on a GPU."""
     machine: dict[str, Any]
+    gate: str = "value"
+    """Of all that is timed."""
     rows: list[Row] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
     figures: dict[str, dict[str, float | None]] = field(default_factory=dict)
@@ -86,7 +88,7 @@ class Bench:
         return [x.requires_grad_() for x in leaves]
 
     def save(self) -> None:
-        result = {"machine": self.machine, "checks": self.checks, "figures": self.figures}
+        result = {"machine": self.machine, "gate": self.gate, "checks": self.checks, "figures": self.figures}
         save(self.out / "attention.json", result | {"rows": [asdict(row) for row in self.rows]})
 
     def say(self, line: str) -> None:
@@ -112,7 +114,7 @@ class Bench:
         print(f"{shape.name} {method} k={shape.budget} {scores} {length}: {took:.1f} s", flush=True)
 
 
-def sparsek(inputs: list[Tensor], budget: int, backend: str, gate: str = "straight_through") -> Tensor:
+def sparsek(inputs: list[Tensor], budget: int, backend: str, gate: str) -> Tensor:
     return sparsek_attention(*inputs, num_selected=budget, window=budget, gate=gate, backend=backend)
 
 
@@ -144,11 +146,11 @@ def measure_sparsek(bench: Bench, shape: Shape, row: Row) -> Row:
     grad = torch.randn_like(inputs[0])
 
     def step() -> None:
-        torch.autograd.grad(sparsek(inputs, shape.budget, bench.backend), inputs, grad)
+        torch.autograd.grad(sparsek(inputs, shape.budget, bench.backend, bench.gate), inputs, grad)
 
     @torch.no_grad()
     def forward() -> None:
-        sparsek(inputs, shape.budget, bench.backend)
+        sparsek(inputs, shape.budget, bench.backend, bench.gate)
 
     extra = None
     step()

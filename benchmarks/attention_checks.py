@@ -11,14 +11,16 @@ from torch import Tensor
 from attention_cells import Bench, Shape, dense, sparsek
 from sparsek_kernels import sparsek_attention
 
-GATES = ("straight_through", "value", "key_value", "none")
+GATES = ("value", "straight_through", "key_value", "none")
 MEASURED, OTHERS = ((4, 128), (1, 64)), ((1, 128), (4, 64))
 """Query heads per KV head, width: those of the measured shapes, whose kernels are compiled anyway; and others."""
-FIRST = [(group, d, GATES[0]) for group, d in MEASURED]
-LATER = [
-    *((group, d, gate) for gate in GATES[1:] for group, d in MEASURED),
-    *((group, d, gate) for gate in GATES for group, d in OTHERS),
-]
+
+
+def cases(timed: str) -> tuple[list[tuple[int, int, str]], list[tuple[int, int, str]]]:
+    """(group, d, gate) to check before the times, of the gate that is timed; and after them."""
+    gates = sorted(GATES, key=lambda gate: gate != timed)
+    later = [(group, d, gate) for gate in gates[1:] for group, d in MEASURED]
+    return [(group, d, timed) for group, d in MEASURED], later + [(*x, gate) for gate in gates for x in OTHERS]
 
 
 def errors(found: list[Tensor | None], exact: list[Tensor | None]) -> str:
@@ -54,7 +56,7 @@ def check(bench: Bench, cases: list[tuple[int, int, str]]) -> None:
             bench.say(f"  G={group} d={d:3d} {gate}: failed: {error!r}"[:150])
             continue
         bench.say(f"  G={group} d={d:3d} {gate:16s} {errors(found, expected)}")
-        if gate == GATES[0]:
+        if gate == bench.gate:
             plain = [with_gradients(lambda x: dense(x, enable_gqa=True).transpose(1, 2), x[:3])
                      for x in (inputs, exact)]  # fmt: skip
             bench.say(f"  G={group} d={d:3d} {'dense SDPA':16s} {errors(*plain)}")
@@ -66,7 +68,7 @@ def check_determinism(bench: Bench, shape: Shape, runs: int = 100) -> None:
     grad = torch.randn_like(inputs[0])
 
     def once() -> list[Tensor]:
-        out = sparsek(inputs, shape.budget, bench.backend)
+        out = sparsek(inputs, shape.budget, bench.backend, bench.gate)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
     first, differ = once(), 0
