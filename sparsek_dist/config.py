@@ -5,7 +5,7 @@ settings.py reads and writes it, relations.py says what can stand together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,10 @@ class ModelConfig:
     """Share the input embedding with the output projection."""
 
 
+DERIVED = ("support", "slope")
+"""Settings of the attention whose defaults follow from others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     kind: AttentionKind = "sparsek"
@@ -89,6 +93,22 @@ class AttentionConfig:
     def score_slope(self) -> float:
         """Slope per token, with its default: a pair loses a point while twice as many tokens pass as a query sees."""
         return 1 / (2 * (self.num_selected + self.window)) if self.slope is None else self.slope
+
+    def settled(self) -> AttentionConfig:
+        """What this amounts to: defaults that depend on others filled in, and what its kind does not use left out.
+
+        It is what is stored and compared: so a later version's defaults change no model, and equal ones are equal.
+        """
+        if self.kind == "sparsek":
+            return replace(self, support=self.support_size, slope=self.score_slope)
+        return replace(self, support=None, slope=None, gate="value", score_std=1.0, slope_ratio=1.0)
+
+    def apart(self, other: AttentionConfig) -> dict[str, Any]:
+        """Settings that would make `other` work as this does; not those that would follow from the rest."""
+        mine, theirs = asdict(self.settled()), asdict(other.settled())
+        direct = {name: mine[name] for name in mine if name not in DERIVED and mine[name] != theirs[name]}
+        theirs = asdict(replace(other, **direct).settled())
+        return direct | {name: mine[name] for name in mine if mine[name] != theirs[name]}
 
     @property
     def reach(self) -> int:

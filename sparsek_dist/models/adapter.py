@@ -81,7 +81,7 @@ def install(
 
 def section(config: AttentionConfig, *, seed: int) -> dict[str, Any]:
     """What the `sparsek` entry of a saved model's config.json says: everything but where it runs."""
-    return {"format": FORMAT, "seed": seed, **asdict(config, dict_factory=_without_backend)}
+    return {"format": FORMAT, "seed": seed, **asdict(config.settled(), dict_factory=_without_backend)}
 
 
 def _without_backend(entries: list[tuple[str, Any]]) -> dict[str, Any]:

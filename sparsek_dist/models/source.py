@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from sparsek_dist.config import Config, flatten
+from sparsek_dist.config import Config
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.export import tokenizer_beside
 from sparsek_dist.models.pretrained import fetch, is_sparsek, read_spec, saved_attention
@@ -90,8 +90,7 @@ def _stretch(spec: PreTrainedConfig, config: Config) -> None:
 def _check_attention(spec: PreTrainedConfig, config: Config) -> None:
     """A converted model keeps the attention it has: its scorers were trained for it."""
     saved, _ = saved_attention(spec, source=f"model.source = {config.model.source}")
-    wanted, has = flatten(config.attention), flatten(saved)
-    wrong = [f"attention.{key}={has[key]}" for key in has if key != "backend" and has[key] != wanted[key]]
+    wrong = [f"attention.{key}={value}" for key, value in saved.apart(config.attention).items() if key != "backend"]
     if wrong:
         raise ConfigError(
             f"attention.kind = {config.attention.kind} ... differs from that of model.source = {config.model.source}: "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sparsek_dist.config import Config, flatten
+from sparsek_dist.config import AttentionConfig, Config, flatten
 from sparsek_dist.errors import CheckpointError
 from sparsek_dist.training.manifest import write_durably
 
@@ -42,6 +42,9 @@ RESIZABLE = frozenset({"parallel.sequence_degree", "train.micro_batch_size", "tr
 trains on as many contexts: who computes what changes then, not what is computed."""
 
 
+_NAMES = [entry.name for entry in fields(AttentionConfig)]
+
+
 @dataclass(frozen=True)
 class State:
     """The part of a checkpoint that people may want to read."""
@@ -58,7 +61,8 @@ class State:
 
 def write_state(checkpoint: Path, *, step: int, tokens: int, world_size: int, config: Config) -> None:
     """Writes state.json."""
-    content = {"format": FORMAT, "step": step, "tokens": tokens, "world_size": world_size, "settings": flatten(config)}
+    settings = flatten(replace(config, attention=config.attention.settled()))
+    content = {"format": FORMAT, "step": step, "tokens": tokens, "world_size": world_size, "settings": settings}
     write_durably(checkpoint / STATE, json.dumps(content, indent=1))
 
 
@@ -117,12 +121,18 @@ def _sequences_per_step(state: State) -> int:
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`key: then -> now` for every setting that differs and must not."""
-    # A setting that is newer than the checkpoint: its default does what was done before there was one.
+    # A setting that is newer than the checkpoint gets its default, which must do what was done before there was one.
     then = flatten(Config()) | then
-    keys = sorted((set(then) | set(now)) - FREE_TO_CHANGE - RESIZABLE)
     # Through JSON, as what was saved went: tuples become lists.
-    shown = [(key, _shown(then, key), _shown(json.loads(json.dumps(now)), key)) for key in keys]
-    return [f"{key}: {old} -> {new}" for key, old, new in shown if old != new]
+    now = json.loads(json.dumps(now))
+    keys = sorted((set(then) | set(now)) - {f"attention.{name}" for name in _NAMES})
+    differ = [key for key in keys if key not in FREE_TO_CHANGE | RESIZABLE and _shown(then, key) != _shown(now, key)]
+    differ += [f"attention.{name}" for name in _attention(then).apart(_attention(now))]
+    return [f"{key}: {_shown(then, key)} -> {_shown(now, key)}" for key in differ]
+
+
+def _attention(settings: dict[str, Any]) -> AttentionConfig:
+    return AttentionConfig(**{name: settings[f"attention.{name}"] for name in _NAMES})
 
 
 def _shown(settings: dict[str, Any], key: str) -> str:

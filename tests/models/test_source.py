@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,23 @@ def test_converted_source_keeps_its_scorers_and_its_attention(folder):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), converted.parameters(), strict=True))
     with pytest.raises(ConfigError, match=r"attention\.num_selected=6"):
         _build(_config(folder, "attention.num_selected=7"))
+    # Defaults that follow from others are stored as numbers, which mean the same, and can be given.
+    assert model.config.sparsek["slope"] == 1 / 22 and model.config.sparsek["support"] == 24
+    _build(_config(folder, f"attention.slope={1 / 22}", "attention.support=24"))
+    with pytest.raises(ConfigError, match=r": set attention\.slope=0\.0454\d+, or start from") as failed:
+        _build(_config(folder, "attention.slope=0"))
+    _build(_config(folder, "attention.slope=0", re.findall(r"attention\.slope=\S+(?=,)", str(failed.value))[0]))
+    with pytest.raises(ConfigError, match=r": set attention\.kind=sparsek attention\.gate=value, or start"):
+        _build(_config(folder, "attention.kind=random", "attention.gate=key_value"))
+
+
+def test_what_a_baseline_does_not_use_is_no_difference(folder):
+    sparsify(tiny_model("llama").float(), num_selected=6, window=5, kind="random", gate="key_value").save_pretrained(
+        folder
+    )
+    _build(_config(folder, "attention.kind=random", "attention.slope=0.5", "attention.score_std=3"))
+    with pytest.raises(ConfigError, match=r": set attention\.kind=random, or start"):
+        _build(_config(folder))
 
 
 def test_full_attention_from_a_source_is_the_dense_model(folder):

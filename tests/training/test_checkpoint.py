@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsek_dist.config import AttentionConfig
 from sparsek_dist.errors import CheckpointError
 from sparsek_dist.parallel.mesh import Mesh, build_mesh
 from sparsek_dist.training import checkpoint as checkpoint_module
@@ -377,6 +378,16 @@ def test_contexts_per_step_are_part_of_it(saved) -> None:
     grown = replace(_config(), data=replace(_config().data, growth="4x1"))
     with pytest.raises(CheckpointError, match=r'data.growth: "none" -> "4x1"'):
         check_compatible(file.parent, older, grown, 1)
+    # Of before today's defaults, with other ones; what its kind does not use is no difference.
+    before = {"attention.gate": "straight_through", "attention.slope": 0.0, "attention.support": None}
+    older = replace(state, settings=state.settings | before)
+    told = r'\n  attention.gate: "straight_through" -> "value"\n  attention.slope: 0.0 -> null\nGive the old values'
+    with pytest.raises(CheckpointError, match=told):
+        check_compatible(file.parent, older, _config(), 1)
+    was = AttentionConfig(gate="straight_through", slope=0.0)
+    check_compatible(file.parent, older, replace(_config(), attention=was), 1)
+    older = replace(older, settings=older.settings | {"attention.kind": "full"})
+    check_compatible(file.parent, older, replace(_config(), attention=AttentionConfig(kind="full")), 1)
     sgd = replace(shared, optimizer=replace(shared.optimizer, name="sgd"))
     then = replace(state, settings=state.settings | {"optimizer.name": "sgd"})
     check_compatible(file.parent, then, sgd, 2)
