@@ -151,6 +151,11 @@ def _questions(scale: Scale) -> Iterator[Cell]:
             yield Cell(task=task, scorer_rate=10.0, seed=seed)
             yield Cell(task=task, support=2, seed=seed)
             yield Cell(task=task, support=8, seed=seed)
+        # As they were asked of the default of then.
+        before: dict[str, Any] = {"task": "recall", "gate": "straight_through", "slope": 0.0, "seed": seed}
+        changes: tuple[dict[str, Any], ...] = ({"std": 0.3}, {"support": 2}, {"support": 8})
+        for change in (*changes, {"scorer_rate": 0.1}, {"scorer_rate": 10.0}):
+            yield Cell(**before, **change)
         for gate in GATES:
             for selected in (0.5, 0.25):
                 for slope, ratio in ((4.0, 1.0), (0.0, 1.0), (16.0, 1.0), (4.0, 1 / 64), (16.0, 1 / 64)):

@@ -17,7 +17,7 @@ FIRST_POSITION = 32
 BASE = "sink_window"
 """What a plot of text is less."""
 KINDS = ("full", "window", "sink_window", "random", DEFAULT)
-"""In every plot, always in the same colours."""
+"""In every plot, and always in the same colours."""
 OTHERS = 4
 """Further variants in a plot of text: more curves than colours could not be told apart."""
 
@@ -32,7 +32,7 @@ def plot_recall(rows: Sequence[Row]) -> Figure:
     best = max(ours, key=lambda v: (len(variants[v]), _mean(variants[v], _accuracy)), default="")
     for variant in _unique([*KINDS, best], variants):
         curve = [row["accuracy_by_distance"] for row in variants[variant]]
-        _curve(by_distance, [2**i for i in range(len(curve[0]))], curve, variant)
+        _curve(by_distance, [2**i for i in range(len(curve[0]))], curve, variant, colour=_colour(variant, [best]))
     by_distance.axhline(1 / 8, color="grey", linestyle=":", label="chance")
     by_distance.set(xlabel="tokens from fact to question, in windows", ylabel="share of questions answered")
     by_distance.set_ylim(0, 1.02)
@@ -52,10 +52,9 @@ def plot_text(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     by_position, keys = figure.subplots(1, 2)
     base = {row["seed"]: _positions(row) for row in variants.get(BASE, [])}
-    shown = [*KINDS, *others[:OTHERS]]
-    for variant in _unique(shown, variants):
+    for variant in _unique([*KINDS, *others[:OTHERS]], variants):
         # One legend serves both axes, though the left ones have a curve less.
-        colour = f"C{shown.index(variant)}"
+        colour = _colour(variant, others)
         mine = [row for row in variants[variant] if row["seed"] in base]
         if mine and variant != BASE:
             less = [[x - base[row["seed"]][place] for place, x in _positions(row).items()] for row in mine]
@@ -83,13 +82,16 @@ def plot_convert(rows: Sequence[Row], dense: Sequence[Row], label: str, read: Re
     if dense:
         level = 0.0 if less_dense else _mean(dense, read)
         axes.axhline(level, color="grey", linestyle=":", label="dense, not converted")
-    for variant, mine in by_variant(rows).items():
+    variants = by_variant(rows)
+    others = [variant for variant in variants if variant not in KINDS]
+    for variant, mine in variants.items():
         shares = sorted({row["share"] for row in mine})
         origin = base if less_dense else dict.fromkeys((row["seed"] for row in mine), 0.0)
         found = {(row["seed"], row["share"]): read(row) - origin.get(row["seed"], math.nan) for row in mine}
         seeds = sorted({row["seed"] for row in mine})
         curves = [[found.get((seed, share), math.nan) for share in shares] for seed in seeds]
-        _curve(axes, [100 * share for share in shares], curves, variant, logarithmic=False)
+        places = [100 * share for share in shares]
+        _curve(axes, places, curves, variant, logarithmic=False, colour=_colour(variant, others))
     axes.set(xlabel="tuning, in % of the dense model's training", ylabel=label)
     _legend(axes)
     return figure
@@ -118,6 +120,10 @@ def _mean(rows: Sequence[Row], read: Read) -> float:
 
 def _unique(names: Sequence[str], known: dict[str, list[Row]]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name in known]
+
+
+def _colour(variant: str, others: Sequence[str]) -> str:
+    return f"C{[*KINDS, *(name for name in others if name not in KINDS)].index(variant)}"
 
 
 def _curve(
