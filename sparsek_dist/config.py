@@ -48,7 +48,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary positions; larger for longer contexts."""
     max_positions: int | None = None
-    """Longest context that later runs may take the model to; up to it nothing warns. Default `data.sequence_length`."""
+    """Longest context that later runs may take the model to. Default `data.sequence_length`."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; narrow models start faster with about hidden_size ** -0.5."""
     tie_embeddings: bool = False

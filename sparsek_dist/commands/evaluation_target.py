@@ -16,6 +16,7 @@ from sparsek_dist.data.sources import load_documents, texts
 from sparsek_dist.errors import CheckpointError, ConfigError
 from sparsek_dist.evaluation.perplexity import BYTES
 from sparsek_dist.models.export import tokenizer_beside
+from sparsek_dist.models.positions import trained_length
 from sparsek_dist.models.pretrained import is_sparsek, read_spec, saved_attention
 from sparsek_dist.models.sharing import least_shard
 from sparsek_dist.models.tokenizer import load_tokenizer
@@ -112,7 +113,7 @@ def _open_model(folder: Path, ranks: Ranks, *, data: str | None, length: int | N
         raise CheckpointError(f"{folder} holds no tokenizer: put that of the model beside it")
     tokenizer = load_tokenizer(str(folder))
     is_bytes = tokenizer.get_vocab() == load_tokenizer(BYTES).get_vocab()
-    length = length or min(LONGEST_DEFAULT, spec.max_position_embeddings)
+    length = length or min(LONGEST_DEFAULT, trained_length(spec))
     check_length(spec, length, "--length")
     return Target(
         name=folder.name,
@@ -156,8 +157,10 @@ def _with(data: DataConfig, **changes: Any) -> DataConfig:
 
 def check_length(spec: Any, length: int, option: str) -> None:
     """Rotary positions go on beyond what was trained, if badly; learned ones do not exist."""
-    known = spec.max_position_embeddings
+    known, trained = spec.max_position_embeddings, trained_length(spec)
     if length <= known:
+        if length > trained:
+            logger.warning("%s = %d exceeds the %d tokens of the contexts it was trained on", option, length, trained)
         return
     if getattr(spec, "rope_parameters", None) is None:
         raise ConfigError(f"{option} = {length} exceeds the {known} positions that the model has learned: use fewer")

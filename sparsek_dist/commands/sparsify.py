@@ -15,6 +15,7 @@ from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.distill import fit_scorers, start_scorers
 from sparsek_dist.models.export import check_new, export_folder, tokenizer_beside
 from sparsek_dist.models.families import attention_modules
+from sparsek_dist.models.positions import trained_length
 from sparsek_dist.models.pretrained import fetch, load_dense, sparsify
 from sparsek_dist.settings import load
 
@@ -88,7 +89,7 @@ def _fit(model: Any, tokenizer: Any, text: Path, settings: dict[str, Any], lengt
             "positions that the model knows: usually the length it was trained on"
         )
     least = 2 * window if length is None else length
-    length = length or min(known, max(DISTILL_LENGTH, 4 * window))
+    length = length or min(trained_length(model.config), max(DISTILL_LENGTH, 4 * window))
     if len(tokens) < length or length < least:
         raise ConfigError(
             f"--distill = {text} holds {len(tokens)} tokens, and contexts of {length} are read (attention.window = "

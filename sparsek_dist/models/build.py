@@ -12,6 +12,7 @@ from sparsek_dist.config import Config, TuneConfig
 from sparsek_dist.models.adapter import install
 from sparsek_dist.models.families import num_kv_heads
 from sparsek_dist.models.lora import inject_lora
+from sparsek_dist.models.positions import ENTRY
 from sparsek_dist.models.pretrained import SCORER, fetch, is_sparsek, load_dense, load_scorers
 from sparsek_dist.models.source import source_spec
 from sparsek_dist.models.ulysses import install_ulysses
@@ -87,6 +88,7 @@ def model_spec(config: Config, *, vocab_size: int) -> PreTrainedConfig:
         initializer_range=m.init_std,
         tie_word_embeddings=m.tie_embeddings,
         use_cache=False,
+        **{ENTRY: config.data.sequence_length},
     )
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from sparsek_dist.config import Config
 from sparsek_dist.errors import ConfigError
 from sparsek_dist.models.export import tokenizer_beside
+from sparsek_dist.models.positions import trained_on
 from sparsek_dist.models.pretrained import fetch, is_sparsek, read_spec, saved_attention
 from sparsek_dist.models.sharing import least_shard
 from sparsek_dist.relations import short_shards, shortest_context
@@ -32,6 +33,7 @@ def source_spec(config: Config, *, vocab_size: int) -> PreTrainedConfig:
             f"{spec.vocab_size}: use its own tokenizer"
         )
     _stretch(spec, config)
+    trained_on(spec, config.data.sequence_length)
     if is_sparsek(spec):
         _check_attention(spec, config)
     _check_sharing(spec, config)
