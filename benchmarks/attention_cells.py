@@ -59,7 +59,7 @@ class Bench:
     shrink: int
     """Divides every length and budget: 1 on a GPU."""
     machine: dict[str, Any]
-    gate: str = "value"
+    gate: str
     """Of all that is timed."""
     rows: list[Row] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)

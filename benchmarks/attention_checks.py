@@ -37,11 +37,11 @@ def with_gradients(attend: Callable[[list[Tensor]], Tensor], inputs: list[Tensor
     return [out.detach(), *torch.autograd.grad(out, inputs, weights, allow_unused=True)]
 
 
-def check(bench: Bench, cases: list[tuple[int, int, str]]) -> None:
+def check(bench: Bench, chosen: list[tuple[int, int, str]]) -> None:
     """Each case against the O(n^3) reference in float64 on the same device; dense attention is the yardstick."""
     n, k, window, support = (1500, 100, 130, 333) if bench.device == "cuda" else (150, 10, 13, 33)
     bench.say(f"relative errors against float64, n = {n}, k = {k}, w = {window}, S = {support}, {bench.dtype}")
-    for group, d, gate in cases:
+    for group, d, gate in chosen:
         if bench.late:
             bench.say(f"  G={group} d={d:3d} {gate}: not run, out of time")
             continue

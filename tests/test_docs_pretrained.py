@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from sparsek_dist.cli import main, parse
+from sparsek_dist.commands import sparsify as conversion
 from sparsek_dist.models.families import FAMILIES
 from sparsek_dist.models.tokenizer import load_tokenizer
 from sparsek_dist.settings import load
@@ -64,6 +66,20 @@ def test_settings_load(tmp_path):
 
 def test_every_family_is_named():
     assert all(f"`{name}`" in TEXT for name in FAMILIES)
+
+
+def test_scorers_are_fitted_in_contexts_of_its_training(folder, monkeypatch):
+    description = json.loads(Path("MODEL/config.json").read_text())
+    lengths = []
+    monkeypatch.setattr(
+        conversion, "fit_scorers", lambda model, batches, **_: lengths.append(batches[0].shape) or [torch.ones(2, 24)]
+    )
+    monkeypatch.setattr(conversion, "start_scorers", lambda model, fitted: None)
+    for trained, more in ((48, []), (48, ["--distill-length", "64"]), (None, [])):
+        Path("MODEL/config.json").write_text(json.dumps(description | ({"trained_length": trained} if trained else {})))
+        words = ["sparsify", "MODEL", "--out", f"out{len(lengths)}", "--distill", "book.txt", *more]
+        assert main([*words, "attention.num_selected=8", "attention.window=16"]) == 0
+    assert lengths == [(1, 48), (1, 64), (1, 1024)]
 
 
 def test_distilled_start(folder, capsys):

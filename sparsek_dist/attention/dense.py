@@ -14,7 +14,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
     else torch takes the plain formula without a word. So it does on GPUs for float64 and for heads wider than 256,
     whatever is done here.
     """
-    if query.dtype == torch.float32:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    shared = key.shape[1] < query.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
+    each = query.shape[1] // key.shape[1]
+    if each > 1 and query.dtype == torch.float32:
+        key, value = (x.repeat_interleave(each, dim=1) for x in (key, value))
+        each = 1
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=each > 1)

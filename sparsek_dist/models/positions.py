@@ -1,4 +1,4 @@
-"""How long the contexts are that a model knows: those that it was trained on, where that was written down."""
+"""How long the contexts are that a model knows: those of the runs that made it, where that was written down."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ ENTRY = "trained_length"
 
 def trained_length(spec: PreTrainedConfig) -> int:
     """Tokens; all positions of a model that does not say."""
-    length, positions = getattr(spec, ENTRY, None), spec.max_position_embeddings
-    return min(length, positions) if isinstance(length, int) and length > 0 else positions
+    positions = spec.max_position_embeddings
+    return min(getattr(spec, ENTRY, positions), positions)
 
 
 def trained_on(spec: PreTrainedConfig, length: int) -> None:
-    """Writes down contexts of `length` tokens, unless it knows longer ones, or does not say what it was trained on."""
+    """Writes down a run's contexts of `length` tokens, unless it knows longer ones, or does not say what it knows."""
     if hasattr(spec, ENTRY):
         setattr(spec, ENTRY, max(trained_length(spec), length))

@@ -128,6 +128,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     keys = sorted((set(then) | set(now)) - {f"attention.{name}" for name in _NAMES})
     differ = [key for key in keys if key not in FREE_TO_CHANGE | RESIZABLE and _shown(then, key) != _shown(now, key)]
     differ += [f"attention.{name}" for name in _attention(then).apart(_attention(now))]
+    then, now = (x | flatten(_attention(x).settled(), "attention.") for x in (then, now))
     return [f"{key}: {_shown(then, key)} -> {_shown(now, key)}" for key in differ]
 
 

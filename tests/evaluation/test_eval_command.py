@@ -48,6 +48,15 @@ def test_text(folder, capsys) -> None:
     assert not list(folder.glob(".partial*"))
 
 
+def test_contexts_are_those_of_its_training_unless_told(folder, caplog) -> None:
+    _save(sparsify(tiny_model("llama", trained_length=40, **BYTES).float(), num_selected=6, window=6), "model")
+    assert main(["eval", str(folder), "--data", "text"]) == 0
+    assert json.loads((folder / "eval.json").read_text())["by_length"][-1]["length"] == 40
+    assert not [text for text in caplog.messages if "exceeds" in text]
+    assert main(["eval", str(folder), "--data", "text", "--length", "64"]) == 0
+    assert "--length = 64 exceeds the 40 tokens of the contexts it was trained on" in caplog.messages
+
+
 def test_needles_twice(folder, tmp_path, capsys) -> None:
     words = ["eval", str(folder), "--task", "needles", "--lengths", "250,256", "--depths", "0,1", "--samples", "1"]
     for out in ("one", "two"):

@@ -378,10 +378,12 @@ def test_contexts_per_step_are_part_of_it(saved) -> None:
     grown = replace(_config(), data=replace(_config().data, growth="4x1"))
     with pytest.raises(CheckpointError, match=r'data.growth: "none" -> "4x1"'):
         check_compatible(file.parent, older, grown, 1)
+    # Stored is what defaults amount to, so that those of a later version change nothing.
+    assert (state.settings["attention.support"], state.settings["attention.slope"]) == (256, 1 / 256)
     # Of before today's defaults, with other ones; what its kind does not use is no difference.
     before = {"attention.gate": "straight_through", "attention.slope": 0.0, "attention.support": None}
     older = replace(state, settings=state.settings | before)
-    told = r'\n  attention.gate: "straight_through" -> "value"\n  attention.slope: 0.0 -> null\nGive the old values'
+    told = r'\n  attention.gate: "straight_through" -> "value"\n  attention.slope: 0.0 -> 0.00390625\nGive the'
     with pytest.raises(CheckpointError, match=told):
         check_compatible(file.parent, older, _config(), 1)
     was = AttentionConfig(gate="straight_through", slope=0.0)
