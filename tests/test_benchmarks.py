@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from sparsek_dist.config import AttentionConfig
 
 ROOT = Path(__file__).parent.parent
 ON_GPU = ROOT / "benchmarks" / "on_gpu.sh"
@@ -38,6 +43,23 @@ def test_attention(tmp_path):
     assert all(row["shape"] == "h2 g2 d8" and row["step"] > 0 and not row["note"] for row in result["rows"])
     assert "determinism: 0 of 99" in printed
     assert sorted(x.name for x in tmp_path.iterdir()) == ["attention.json", "attention.png"]
+    assert result["gate"] == AttentionConfig().gate
+    # Held against float64: the gate that is timed, and dense attention once for each shape.
+    said = [line.split("=")[2].split()[1] for line in result["checks"] if line.startswith("  G=")]
+    assert said == ["value", "dense", "value", "dense"]
+
+
+@pytest.mark.parametrize("gate", ["value", "straight_through", "key_value", "none"])
+def test_the_gate_that_is_asked_for_is_timed(gate, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cells = importlib.import_module("attention_cells")
+    seen: list[str] = []
+    monkeypatch.setattr(cells, "sparsek_attention", lambda *inputs, **how: seen.append(how["gate"]) or inputs[0] * 1)
+    shape = cells.Shape(2, 1, 4, 3)
+    bench = cells.Bench("cpu", Path(), math.inf, 1, {}, gate)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: None)
+    cells.measure_sparsek(bench, shape, cells.Row(shape.name, "sparsek", 3, "random", 8))
+    assert set(seen) == {gate}
 
 
 def test_decode(tmp_path):

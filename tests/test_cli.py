@@ -160,6 +160,7 @@ def test_plan(settings, capsys) -> None:
         "processes 4 = 2 data parallel x 2 sequence parallel",
         "contexts grow 16 tokens for 1 steps, then 32",
         "contexts 6 = 2 x 1 x 3",
+        "attention sparsek, 4 + 4 pairs per query, gate value, slope 0.062 a token",
         "tokens 192 = 6 x 32",
         "queries [b, s, h, d] [1, 16, 2, 8]",
         '"train_batch_size": 6',

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import recall, text
+from benchmarks.quality import recall, run, text
 from benchmarks.quality.cells import BASELINES, TASKS, Cell, grid
 from benchmarks.quality.log import Log
 from benchmarks.quality.needles import write_keys
@@ -22,6 +22,7 @@ from benchmarks.quality.run import MasterWeights, Study, configuration, run_cell
 from benchmarks.quality.scales import CPU, GPU, SCALES
 from benchmarks.quality.summary import mean_error, paired
 from sparsek_dist.config import AttentionConfig, Config, ModelConfig, OptimizerConfig
+from sparsek_dist.data.loader import Batch
 from sparsek_dist.models.build import build_model
 from sparsek_dist.parallel.mesh import Mesh
 
@@ -47,6 +48,9 @@ TINY = replace(
     shares=(0.0, 0.5),
     seeds=2,
 )
+
+
+_EMPTY = Batch(*(torch.zeros(1, 1, dtype=torch.int64) for _ in range(3)))
 
 
 @pytest.mark.parametrize("task", [CPU.recall, GPU.recall], ids=["cpu", "gpu"])
@@ -154,6 +158,26 @@ def test_distilled_scorers_start_elsewhere_and_all_else_where_it_was(tmp_path):
     assert {name for name in plain if not torch.equal(plain[name], fitted[name])} == {
         name for name in plain if ".scorer." in name
     }
+
+
+def test_scorers_are_fitted_to_the_last_contexts_of_the_dense_model(monkeypatch, tmp_path):
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(run, "_batches", lambda cell, _: lambda step: seen.append((cell.task, step)) or _EMPTY)
+    monkeypatch.setattr(run, "build_model", lambda *_, **__: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(run, "fit_scorers", lambda *_, **__: [])
+    monkeypatch.setattr(run, "start_scorers", lambda *_: None)
+    study = Study(replace(TINY, text=replace(TINY.text, steps=9)), tmp_path, torch.device("cpu"))
+    run._distil(None, Cell(task="convert-text", distilled=True), study)
+    assert seen == [("text", step) for step in (5, 6, 7, 8)]
+
+
+def test_tuning_has_a_rate_and_a_length_of_its_own(tmp_path):
+    study = Study(TINY, tmp_path, torch.device("cpu"))
+    for cell in (Cell(task="convert-text", share=0.5), Cell(task="convert-text", share=0.5, tuning_rate=0.1)):
+        config = configuration(cell, study)
+        assert config.optimizer.learning_rate == pytest.approx(TINY.text.learning_rate * cell.tuning_rate)
+        assert config.train.steps == 1
+    assert configuration(Cell(task="text"), study).optimizer.learning_rate == TINY.text.learning_rate
 
 
 def test_the_grid_holds_every_kind_once_at_equal_budget():

@@ -17,5 +17,5 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
     each = query.shape[1] // key.shape[1]
     if each > 1 and query.dtype == torch.float32:
         key, value = (x.repeat_interleave(each, dim=1) for x in (key, value))
-        each = 1
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=each > 1)
+    shared = key.shape[1] < query.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)

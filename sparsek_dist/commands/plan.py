@@ -80,6 +80,8 @@ def _model_rows(config: Config, parameters: int, vocab_size: int, precision: Pre
     kind = f"{attention.kind}, all pairs"
     if attention.kind != "full":
         kind = f"{attention.kind}, {attention.num_selected} + {attention.window} pairs per query"
+    if attention.kind == "sparsek":
+        kind += f", gate {attention.gate}, slope {attention.score_slope:.2g} a token"
     return [
         ("parameters", f"{parameters:,} that learn, in {precision}"),
         ("vocabulary", f"{vocab_size:,} ({config.data.tokenizer})"),
