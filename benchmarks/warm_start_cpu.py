@@ -3,8 +3,8 @@
     sparsek train configs/quickstart.yaml run.name=dense attention.kind=full parallel.sequence_degree=1
     python benchmarks/warm_start_cpu.py runs/dense --budgets 8 32
 
-Bits per byte on the run's held-out text, for k = w = budget: new scorers (several seeds), scorers fitted to the dense
-model's attention on training text, and the baselines of the same budget.
+Bits per byte on the run's held-out text, for k = w = budget and each gate: new scorers (several seeds), scorers fitted
+to the dense model's attention on training text, and the baselines of the same budget.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import copy
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from sparsek_dist import sparsify
 from sparsek_dist.commands.trained import load_run
+from sparsek_dist.config import Gate
 from sparsek_dist.data.corpus import prepare
 from sparsek_dist.data.loader import evaluation_batches
 from sparsek_dist.data.packing import Contexts
@@ -33,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run with attention.kind=full")
     parser.add_argument("--budgets", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--gates", nargs="+", choices=get_args(Gate), default=get_args(Gate))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--contexts", type=int, default=32)
     options = parser.parse_args()
@@ -51,16 +53,19 @@ def main() -> None:
     table = Table(
         title=f"bits per byte on {options.contexts} held-out contexts of {length}; dense {measure(dense):.4f}"
     )
-    for heading in ("k = w", "new scorers", "fitted", "sink_window", "random", "window"):
+    for heading in ("k = w", "gate", "new scorers", "fitted", "sink_window", "random", "window"):
         table.add_column(heading, justify="right")
     for budget in options.budgets:
         sizes = {"num_selected": budget, "window": budget}
-        new = [measure(sparsify(copy.deepcopy(dense), seed=seed, **sizes)) for seed in range(options.seeds)]
-        fitted = sparsify(copy.deepcopy(dense), **sizes)
-        start_scorers(fitted, fit_scorers(dense, list(text), window=budget, std=1.0))
+        weights = fit_scorers(dense, list(text), window=budget, std=1.0)
         others = [measure(sparsify(copy.deepcopy(dense), kind=k, **sizes)) for k in ("sink_window", "random", "window")]
-        spread = f"{statistics.mean(new):.4f} ({min(new):.4f} to {max(new):.4f})"
-        table.add_row(str(budget), spread, f"{measure(fitted):.4f}", *(f"{value:.4f}" for value in others))
+        for gate in options.gates:
+            settings: dict[str, Any] = {**sizes, "gate": gate}
+            new = [measure(sparsify(copy.deepcopy(dense), seed=seed, **settings)) for seed in range(options.seeds)]
+            fitted = sparsify(copy.deepcopy(dense), **settings)
+            start_scorers(fitted, weights)
+            spread = f"{statistics.mean(new):.4f} ({min(new):.4f} to {max(new):.4f})"
+            table.add_row(str(budget), gate, spread, f"{measure(fitted):.4f}", *(f"{value:.4f}" for value in others))
     Console(width=100).print(table)
 
 
