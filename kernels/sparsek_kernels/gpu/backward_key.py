@@ -75,10 +75,8 @@ def _whole_query_rows(
     tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
     BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """`_query_rows` of a tile whose queries all exist: what does not change from tile to tile stands apart.
-
-    Saves a tenth of the window's kernel; `grad_selected_kernel`, short of registers, loses as much by it.
-    """
+    """`_query_rows` of a whole tile: what does not change from tile to tile stands apart. Saves a tenth of the window's
+    kernel; `grad_selected_kernel`, short of registers, loses as much by it."""
     of_tile, member = tl.arange(0, BQ * GP) // GP, tl.arange(0, BQ * GP) % GP
     first, exists = (tile * BQ).to(tl.int64), member < G
     check: tl.constexpr = G != GP
