@@ -34,8 +34,9 @@ def _accumulate(
         if GATE == "key_value":
             grad_gate += grad_logits * (logits / LOG2E)
             grad_logits *= gate
-        # What is visible has a gate above 0: the k-th best score lies above tau.
-        grad_u += tl.sum(tl.where(gate < 1.0, grad_gate, 0.0), 1)
+        # Where the gate is below 1 (what is visible has one above 0: the k-th best score lies above tau), or the weight
+        # is 0, and so its gradient. Asked of the gates themselves, the compiler would compute these twice.
+        grad_u += tl.sum(tl.where(gated < weights, grad_gate, 0.0), 1)
     else:
         gated = weights
         grad_logits = weights * (gain - delta_row[None, :])
@@ -47,17 +48,26 @@ def _accumulate(
 @triton.jit
 def _query_rows(
     tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
-    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Rows that do not exist weigh nothing."""
+    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Heads that do not exist weigh nothing.
+
+    WHOLE: all queries of the tile exist. Otherwise, no key sees those that do not: the caller masks them.
+    """
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
+    check: tl.constexpr = not WHOLE or G != GP
     q_rows = q + batch * qb + head * G * qh + (queries.to(tl.int64) * qs + member.to(tl.int64) * qh)
-    q_tile = load_rows(q_rows, exists, D, BD, True)
+    q_tile = load_rows(q_rows, exists, D, BD, check)
     do_rows = grad_out + (batch * s * heads + head * G) * D + queries.to(tl.int64) * (heads * D) + member * D
-    do_tile = load_rows(do_rows, exists, D, BD, True)
+    do_tile = load_rows(do_rows, exists, D, BD, check)
     row = (batch * heads + head * G + member) * s + queries
-    lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
-    return (q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)), queries
+    if not check:
+        lse_row, delta_row = tl.load(lse + row), tl.load(delta + row)
+    else:
+        # An infinite lse is a weight of 0, but also a choice per row, that the loop carries on to where lse is used.
+        lse_row = tl.load(lse + row, mask=exists, other=float("inf") if G != GP else 0.0)
+        delta_row = tl.load(delta + row, mask=exists, other=0.0)
+    return (q_tile, do_tile, lse_row, delta_row), queries
 
 
 @triton.jit
@@ -65,10 +75,8 @@ def _whole_query_rows(
     tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
     BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """`_query_rows` of a tile whose queries all exist: what does not change from tile to tile stands apart.
-
-    Saves a tenth of the window's kernel; `grad_selected_kernel`, short of registers, loses as much by it.
-    """
+    """`_query_rows` of a whole tile: what does not change from tile to tile stands apart. Saves a tenth of the window's
+    kernel; `grad_selected_kernel`, short of registers, loses as much by it."""
     of_tile, member = tl.arange(0, BQ * GP) // GP, tl.arange(0, BQ * GP) % GP
     first, exists = (tile * BQ).to(tl.int64), member < G
     check: tl.constexpr = G != GP
@@ -140,17 +148,19 @@ def grad_selected_kernel(
     # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads.
     for step in tl.range(0, gated - first):
         rows, queries = _query_rows(
-            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, True
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
     if GATE != "none":
         for step in tl.range(0, general - gated):
             rows, queries = _query_rows(
-                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, True
             )
-            tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
+            tau_row = tl.load(tau + bg * s + queries)
             gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
             state = _accumulate(keys, values, rows, scale, gate, 1, state, GATE, False, ACC, PRECISION)
+    # The loops before are short of registers: what the last one needs, it takes anew.
+    bg, batch, head = program_of(anew(tl.program_id(2) + first_bg, t), g)
     entry, real, joined = _entries_of_block(
         anew(block, t), span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
         K, CHUNK, SPAN, BN,
@@ -159,13 +169,14 @@ def grad_selected_kernel(
     score = tl.load(scores + bg * (S + t) + entry, mask=real, other=0.0)
     for step in tl.range(0, last - general):
         rows, queries = _query_rows(
-            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
+            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, False
         )
         visible = (joined[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
         gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
         state = _accumulate(keys, values, rows, scale, gate, visible, state, GATE, True, ACC, PRECISION)
 
+    bg, batch, head = program_of(anew(tl.program_id(2) + first_bg, s), g)
     entry, real, joined = _entries_of_block(
         anew(block, s), span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
         K, CHUNK, SPAN, BN,
@@ -247,7 +258,7 @@ def grad_window_kernel(
     real = row < t
     position = row - halo
     until = tl.load(visible_until + bg * (S + t) + S + row, mask=real, other=0)
-    until = tl.minimum(until, position + window)
+    until = tl.minimum(tl.minimum(until, position + window), s)
     begin = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
     was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > begin)
     begin += tl.program_id(1).to(tl.int64) * num_rows
@@ -268,10 +279,13 @@ def grad_window_kernel(
             begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
         )
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
-    bg, batch, head = program_of(anew(tl.program_id(1) + first_bg, s), g)
+    heads = anew(g, s) * G
+    bg, batch, head = program_of(anew(tl.program_id(1) + first_bg, s), anew(g, s))
     for step in tl.range(0, last - first - (end - begin)):
         tile = first + step + tl.where(first + step < begin, 0, end - begin)
-        rows, queries = _query_rows(tile, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD)
+        rows, queries = _query_rows(
+            tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G, GP, BQ, D, BD, False
+        )
         visible = (position[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         state = _accumulate(keys, values, rows, scale, 1.0, visible, state, "none", True, ACC, PRECISION)
 

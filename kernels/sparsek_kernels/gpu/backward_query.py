@@ -20,6 +20,7 @@ from sparsek_kernels.gpu.columns import (
     program_of,
     tile_columns,
     tile_rows,
+    window_columns,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -30,9 +31,12 @@ def _accumulate(
     rows, keys, values, gate, visible, scale, state, GATE: tl.constexpr, STRAIGHT: tl.constexpr,
     MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds columns to (dq, sum P k, missing delta, sum of fractional gates' gradients); gate, visible [rows, BN]."""
-    q_tile, do_tile, lse_row, delta_row = rows
-    grad_q, mean_k, missing, sums = state
+    """Adds columns to (dq, sum P k, delta, sum of fractional gates' gradients); gate, visible [rows, BN].
+
+    `straight_through` begins with o_i . do_i for delta, which these columns complete; otherwise it stays as it is.
+    """
+    q_tile, do_tile, lse_row = rows
+    grad_q, mean_k, delta_row, sums = state
     logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
     gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
     weights = tl.exp2((logits * gate if GATE == "key_value" else logits) - lse_row[:, None])
@@ -43,7 +47,7 @@ def _accumulate(
         grad_logits = gain - weights * delta_row[:, None]
     elif STRAIGHT:
         grad_logits = gain * gate
-        missing += tl.sum(gain - grad_logits, 1)
+        delta_row -= tl.sum(gain - grad_logits, 1)
         mean_k = tl.dot(weights.to(keys.dtype), keys, mean_k, out_dtype=ACC, input_precision=PRECISION)
     else:
         grad_logits = gain * gate - weights * delta_row[:, None]
@@ -55,13 +59,13 @@ def _accumulate(
         # What is visible has a gate above 0: the k-th best score lies above tau.
         sums += tl.sum(tl.where(gate < 1.0, grad_gate, 0.0), 1)
     grad_q = tl.dot(grad_logits.to(keys.dtype), keys, grad_q, out_dtype=ACC, input_precision=PRECISION)
-    return grad_q, mean_k, missing, sums
+    return grad_q, mean_k, delta_row, sums
 
 
 @triton.jit
-def _accumulate_plain(rows, keys, values, scale, grad, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """Adds columns without mask or gate to dq."""
-    q_tile, do_tile, lse_row, delta_row = rows
+    q_tile, do_tile, lse_row = rows
     logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
     gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
     weights = tl.exp2(logits * scale - lse_row[:, None]) * (gain - delta_row[:, None])
@@ -70,10 +74,11 @@ def _accumulate_plain(rows, keys, values, scale, grad, ACC: tl.constexpr, PRECIS
 
 @triton.jit
 def _store_tile(
-    tile, bg, batch, head, grad, delta_row, sums, grad_q, delta, grad_sums, s, g, G: tl.constexpr, GP: tl.constexpr,
+    tile, pair, grad, delta_row, sums, grad_q, delta, grad_sums, s, g, G: tl.constexpr, GP: tl.constexpr,
     BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Writes dq and delta of a tile of rows, and the sums over the heads of each of its queries."""
+    bg, batch, head = program_of(pair, g)
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
     place = ((batch * s + queries) * g * G + head * G + member) * D
     width = tl.arange(0, BD)
@@ -113,9 +118,8 @@ def grad_query_kernel(
         tile, alive + bg * num_chunks * K, fractional_from + bg * (S + t), visible_until,
         document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BG,
     )  # fmt: skip
-    zero = tl.zeros([BQ * GP], ACC)
-    rows = (q_tile, do_tile, lse_row, delta_row)
-    state = (tl.zeros([BQ * GP, BD], ACC), tl.zeros([BQ * GP, BD], ACC), zero, zero)
+    rows = (q_tile, do_tile, lse_row)
+    state = (tl.zeros([BQ * GP, BD], ACC), tl.zeros([BQ * GP, BD], ACC), delta_row, tl.zeros([BQ * GP], ACC))
     if GATE == "none":
         gated = plain
     else:
@@ -125,11 +129,11 @@ def grad_query_kernel(
             gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)
             state = _accumulate(rows, keys, values, gate, 1, scale, state, GATE, STRAIGHT, False, ACC, PRECISION)
     queries, member, exists = tile_rows(anew(tile, window), s, G, GP, BQ)
-    end = num_general(gated, count, oldest, middle, num_middle, tile, s, BQ)
+    end = num_general(count - gated, oldest, num_middle, tile, s, BQ)
     for low in tl.range(0, end, BG):
         real = low + tl.arange(0, BG) < end
         entry, position = general_entries(
-            low + tl.arange(0, BG), gated, alive, count, oldest, middle, num_middle, S + t - s
+            low + tl.arange(0, BG), alive + gated, count - gated, oldest, middle, num_middle, S + t - s
         )
         entry = tl.where(real, entry, S)
         until = tl.load(visible_until + entry, mask=real, other=0)
@@ -139,19 +143,26 @@ def grad_query_kernel(
         gate = tl.where(queries[:, None] - position[None, :] < window, 1.0, gate)
         visible = (position[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
         state = _accumulate(rows, keys, values, gate, visible, scale, state, GATE, STRAIGHT, True, ACC, PRECISION)
-    grad, mean_k, missing, sums = state
+    grad, mean_k, delta_row, sums = state
     if STRAIGHT:
-        delta_row -= missing
         grad -= delta_row[:, None] * mean_k
-    rows = (q_tile, do_tile, lse_row, delta_row)
+    # The loops before are short of registers: whatever else the two below need, they take anew.
+    new_tile = anew(tile, num_chunks)
+    bg, batch, head = program_of(anew(tl.program_id(1), num_chunks), g)
+    queries, member, exists = tile_rows(new_tile, s, G, GP, BQ)
+    lse_row = tl.load(lse + (batch * g * G + head * G + member) * s + queries, mask=exists, other=float("inf"))
+    rows = (q_tile, do_tile, lse_row)
+    middle, num_middle, oldest = window_columns(
+        new_tile, document_start + batch * s, s, t - s, window, CHUNK, BQ, BN
+    )  # fmt: skip
     for low in tl.range(0, num_middle, BN):
         keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
-        grad = _accumulate_plain(rows, keys, values, scale, grad, ACC, PRECISION)
+        grad = _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC, PRECISION)
     for low in tl.range(0, plain, BN):
         entry = tl.load(alive + low + tl.arange(0, BN))
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
-        grad = _accumulate_plain(rows, keys, values, scale, grad, ACC, PRECISION)
+        grad = _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC, PRECISION)
     _store_tile(
-        anew(tile, t), bg, batch, head, grad * (scale / LOG2E), delta_row, sums, grad_q, delta, grad_sums, s, g,
-        G, GP, BQ, D, BD,
+        anew(tile, t), anew(tl.program_id(1), t), grad * (scale / LOG2E), delta_row, sums, grad_q, delta, grad_sums,
+        s, g, G, GP, BQ, D, BD,
     )  # fmt: skip

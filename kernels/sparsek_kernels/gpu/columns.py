@@ -53,14 +53,9 @@ def tile_columns(
         many multiples of BG more); the first position of the middle, and how many there are (a multiple of BN); the
         oldest position of the window.
     """
-    chunk = tile * BQ // CHUNK
-    low, high = tile * BQ, tl.minimum(tile * BQ + BQ, s)
-    alive += chunk.to(tl.int64) * K
-    oldest = tl.maximum(tl.maximum(chunk * CHUNK - window + 1, -halo), _start(document_start, low))
-    oldest = tl.minimum(oldest, low + 1)
-    # Seen by the whole tile: not yet out of the last query's window, in its document, not after the first query.
-    middle = tl.maximum(tl.maximum(oldest, high - window), _start(document_start, high - 1))
-    num_middle = tl.maximum(low + 1 - middle, 0) // BN * BN
+    middle, num_middle, oldest = window_columns(tile, document_start, s, halo, window, CHUNK, BQ, BN)
+    high = tl.minimum(tile * BQ + BQ, s)
+    alive += (tile * BQ // CHUNK).to(tl.int64) * K
     count, plain, seen = 0, 0, 0
     if K > 0:
         ranks = tl.arange(0, KP)
@@ -71,29 +66,43 @@ def tile_columns(
         is_plain = is_seen & (tl.load(fractional_from + listed, mask=exists, other=0) >= high)
         seen, plain = tl.sum(is_seen.to(tl.int32), 0), tl.sum(is_plain.to(tl.int32), 0) // BN * BN
     gated = plain + tl.maximum(seen - plain, 0) // BG * BG
-    return alive, count, plain, gated, low + 1 - num_middle, num_middle, oldest
+    return alive, count, plain, gated, middle, num_middle, oldest
 
 
 @triton.jit
-def general_entries(column, first, alive, count, oldest, middle, num_middle, origin):
+def window_columns(
+    tile, document_start, s, halo, window, CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """The last three of `tile_columns`."""
+    chunk = tile * BQ // CHUNK
+    low, high = tile * BQ, tl.minimum(tile * BQ + BQ, s)
+    oldest = tl.maximum(tl.maximum(chunk * CHUNK - window + 1, -halo), _start(document_start, low))
+    oldest = tl.minimum(oldest, low + 1)
+    # Seen by the whole tile: not yet out of the last query's window, in its document, not after the first query.
+    middle = tl.maximum(tl.maximum(oldest, high - window), _start(document_start, high - 1))
+    num_middle = tl.maximum(low + 1 - middle, 0) // BN * BN
+    return low + 1 - num_middle, num_middle, oldest
+
+
+@triton.jit
+def general_entries(column, alive, num_listed, oldest, middle, num_middle, origin):
     """Entry and position of some general columns [BN]; BEFORE_ALL is the position of every listed pair.
 
     Args:
-        first: rank of the first listed one.
+        alive: the first listed one, and num_listed: how many they are.
         origin: entry of the key at position 0.
     """
-    rank = first + column
-    is_listed = rank < count
-    recent = oldest + rank - count
+    is_listed = column < num_listed
+    recent = oldest - num_listed + column
     position = tl.where(recent < middle, recent, recent + num_middle)
-    listed = tl.load(alive + rank, mask=is_listed, other=0)
+    listed = tl.load(alive + column, mask=is_listed, other=0)
     return tl.where(is_listed, listed, position + origin), tl.where(is_listed, BEFORE_ALL, position)
 
 
 @triton.jit
-def num_general(first, count, oldest, middle, num_middle, tile, s, BQ: tl.constexpr):
-    """How many general columns there are, from the listed one of rank `first` to the tile's last key."""
-    return count - first + tl.minimum(tile * BQ + BQ, s) - oldest - num_middle
+def num_general(num_listed, oldest, num_middle, tile, s, BQ: tl.constexpr):
+    """How many general columns there are, from the first listed one to the tile's last key."""
+    return num_listed + tl.minimum(tile * BQ + BQ, s) - oldest - num_middle
 
 
 @triton.jit

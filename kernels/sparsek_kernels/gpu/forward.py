@@ -74,11 +74,11 @@ def forward_kernel(
             if GATE == "key_value":
                 logits *= gate
             state = _accumulate(logits, scale, values, gate, state, True, ACC, PRECISION)
-    end = num_general(gated, count, oldest, middle, num_middle, tile, s, BQ)
+    end = num_general(count - gated, oldest, num_middle, tile, s, BQ)
     for low in tl.range(0, end, BN):
         real = low + tl.arange(0, BN) < end
         entry, position = general_entries(
-            low + tl.arange(0, BN), gated, alive, count, oldest, middle, num_middle, S + t - s
+            low + tl.arange(0, BN), alive + gated, count - gated, oldest, middle, num_middle, S + t - s
         )
         entry = tl.where(real, entry, S)
         until = tl.load(visible_until + entry, mask=real, other=0)
