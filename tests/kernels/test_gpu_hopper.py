@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsek_kernels import shard_attention, sparsek_attention
-from sparsek_kernels.gpu import attention, hopper
+from sparsek_kernels.gpu import attention
 from sparsek_kernels.gpu.call import Call
 from sparsek_kernels.reference import attention_reference
 from tests.kernels import test_shards
@@ -46,7 +46,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper(), reason="needs
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Every forward runs by both kernels and must agree; the calls so far."""
-    monkeypatch.setattr(hopper, "PROVEN", ("none", "straight_through", "value"))
     calls: list[Call] = []
     forward, applies = attention.forward, attention.hopper_forward_applies
 

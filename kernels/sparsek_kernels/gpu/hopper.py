@@ -17,9 +17,6 @@ logger = logging.getLogger(__name__)
 
 HOPPER_FORWARD = {64: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)}
 """By d; a warp computes 16 rows, and the kernel is written for two stages."""
-PROVEN = ("none", "straight_through")
-"""Gates with which it has run on such a GPU. `value` is written, too, and tested without one: it is taken once
-tests/kernels/test_gpu_hopper.py has passed."""
 
 
 def hopper_forward_applies(call: Call) -> bool:
@@ -37,8 +34,6 @@ def why_not_hopper(call: Call) -> str | None:
     tensors = (call.query, call.key, call.value, *((call.carry_key, call.carry_value) if call.has_carry else ()))
     if call.gate == "key_value":
         return "gate key_value scales the logits, too"
-    if call.gate not in PROVEN:
-        return f"with gate {call.gate} it has not run on a GPU yet"
     if any(x.dtype != call.query.dtype or x.dtype not in (torch.float16, torch.bfloat16) for x in tensors):
         return "the tensors are not all float16, or all bfloat16"
     if d not in HOPPER_FORWARD:
