@@ -1,12 +1,13 @@
-"""Times the backward kernels with the shipped tiles and with others, and holds the gradients against each other.
+"""Times the attention kernels with the shipped tiles and with others, and holds the gradients against each other.
 
     python benchmarks/tiles.py                            # h32 g8 d128, k = w = 1024, 131072 tokens, bfloat16
     python benchmarks/tiles.py --shapes 8,8,128 16,4,256 --n 65536
     TRITON_INTERPRET=1 python benchmarks/tiles.py --tiny  # no GPU: does it run? Its times mean nothing.
 
-Every candidate changes one kernel's tile. Printed for each: median milliseconds of that kernel in one backward pass,
-registers and spilled bytes of a thread as the driver reports them, and the largest difference of any gradient from
-that of the shipped tiles, over the gradient's largest entry: rounding, 0.01 in bfloat16, and no more.
+Every candidate changes one kernel's tile. `forward` is the one for all GPUs, also where Hopper has another (d = 64 and
+128). Printed for each: median milliseconds of that kernel in one pass, registers and spilled bytes of a thread as the
+driver reports them, and the largest difference of any gradient from that of the shipped tiles, over the gradient's
+largest entry: rounding, 0.01 in bfloat16, and no more.
 """
 
 from __future__ import annotations
@@ -25,22 +26,24 @@ from torch import Tensor
 from sparsek_kernels import sparsek_attention
 from sparsek_kernels.gpu import attention
 from sparsek_kernels.gpu import call as calls
-from sparsek_kernels.gpu.tiles import Tile, Tiles, tiles_for
+from sparsek_kernels.gpu.tiles import Tile, Tiles, is_hopper, tiles_for
 
 MOST_APART = 0.02
 # By widest head and kernel: rows, columns, warps, stages; for dq also the columns at a time where gates are fractional.
 CANDIDATES: dict[int, dict[str, list[tuple[int, ...]]]] = {
     128: {
+        "forward": [(128, 64, 8, 2), (64, 64, 4, 3)],
         "grad_query": [(128, 64, 8, 2, 16), (128, 32, 8, 3, 16), (64, 64, 4, 2, 16)],
         "grad_selected": [(32, 128, 8, 2), (16, 64, 4, 2), (16, 64, 4, 3), (32, 64, 8, 2)],
         "grad_window": [(32, 128, 8, 3), (16, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2)],
     },
-    # Only tiles of 64 keys (rows, for dq) let the compiler use Hopper's own matrix products: those of 32 are the slow
-    # ones that spill nothing. (64, 64, ...) and dq's (128, 32, ...) do not fit GPUs before Hopper.
+    # Only tiles of 64 keys (rows, in the query-major kernels) let the compiler use Hopper's own matrix products well.
+    # (64, 64, ...) and dq's (128, 32, ...) do not fit GPUs before it.
     256: {
-        "grad_query": [(64, 64, 8, 2, 16), (128, 32, 8, 2, 16), (64, 32, 8, 3, 16)],
-        "grad_selected": [(16, 64, 8, 2), (16, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)],
-        "grad_window": [(16, 64, 8, 2), (16, 64, 8, 3), (32, 64, 8, 2), (64, 64, 8, 2)],
+        "forward": [(64, 32, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2)],
+        "grad_query": [(64, 32, 8, 2, 16), (64, 64, 8, 2, 16), (128, 32, 8, 2, 16)],
+        "grad_selected": [(32, 32, 8, 2), (16, 64, 8, 3), (64, 64, 8, 2)],
+        "grad_window": [(32, 32, 8, 2), (16, 64, 8, 3), (32, 64, 8, 2)],
     },
 }
 GATES = ("straight_through", "value")
@@ -86,13 +89,16 @@ def with_tile(tiles: Tiles, kernel: str, numbers: tuple[int, ...]) -> Tiles:
 def measure(kernel: str, tiles: Tiles, inputs: list[Tensor], grad: Tensor, args: argparse.Namespace) -> tuple:
     """Median milliseconds of the kernel, registers, spilled bytes, and the gradients."""
     watch = Stopwatch(getattr(attention, f"{kernel}_kernel"), inputs[0].device.type)
-    with mock.patch.object(calls, "tiles_for", lambda *_: tiles):
-        out = sparsek_attention(*inputs, num_selected=args.k, window=args.k, gate=args.gate, backend="triton")
-        with mock.patch.object(attention, f"{kernel}_kernel", watch):
-            samples = []
-            for _ in range(args.rounds + 1):
-                grads = torch.autograd.grad(out, inputs, grad, retain_graph=True)
-                samples.append(watch.read())
+    samples = []
+    with (
+        mock.patch.object(calls, "tiles_for", lambda *_, **__: tiles),
+        mock.patch.object(attention, "hopper_forward_applies", lambda call: False),
+        mock.patch.object(attention, f"{kernel}_kernel", watch),
+    ):
+        for _ in range(args.rounds + 1):
+            out = sparsek_attention(*inputs, num_selected=args.k, window=args.k, gate=args.gate, backend="triton")
+            grads = torch.autograd.grad(out, inputs, grad)
+            samples.append(watch.read())
     registers, words = (getattr(watch.compiled, name, None) for name in ("n_regs", "n_spills"))
     return statistics.median(samples[1:]), registers, None if words is None else 4 * words, grads
 
@@ -115,7 +121,9 @@ def compare(h: int, g: int, d: int, args: argparse.Namespace) -> bool:
     inputs = [torch.randn(1, args.n, x, d, device=device, dtype=dtype, requires_grad=True) for x in (h, g, g)]
     inputs.append(torch.randn(1, args.n, g, device=device, requires_grad=True))
     grad, agree = torch.randn_like(inputs[0]), True
-    shipped = tiles_for(d, h // g, dtype.itemsize)
+    shipped = tiles_for(
+        d, h // g, dtype.itemsize, hopper=is_hopper(grad.device), two_sums=args.gate == "straight_through"
+    )
     candidates = CANDIDATES[128 if d <= 128 else 256]
     print(f"h{h} g{g} d{d}, k = w = {args.k}, {args.n} tokens, {dtype}, gate {args.gate}")
     titles = ("kernel", "rows, columns, warps, stages", "ms", "registers", "spilled", "apart")

@@ -74,9 +74,8 @@ def test_tiles():
     done = subprocess.run([*command, "--tiny"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[2:]]
-    assert [row[0] for row in rows] == [
-        kernel for kernel in ("grad_query", "grad_selected", "grad_window") for _ in "ab"
-    ]
+    kernels = ("forward", "grad_query", "grad_selected", "grad_window")
+    assert [row[0] for row in rows] == [kernel for kernel in kernels for _ in "ab"]
     assert all(float(row[-1]) < 1e-5 for row in rows) and not re.search("failed|nan", done.stdout)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "no CUDA device" in done.stderr

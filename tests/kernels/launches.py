@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from sparsek_kernels.gpu import attention, layout, score_gradient
+from sparsek_kernels.gpu import call as gpu_call
 from sparsek_kernels.gpu import hopper as hopper_kernels
 from sparsek_kernels.gpu.call import new_call
 from sparsek_kernels.gpu.tiles import tiles_for
@@ -52,12 +53,13 @@ def record(
     *,
     gate: str,
     carry: bool,
+    arch: int = 80,
     hopper: bool = False,
     n: int = 4096,
     g: int = 8,
     k: int = 1024,
 ) -> list[tuple[Any, tuple, dict]]:
-    """Launches of one forward and backward; k = w, S = 4 k."""
+    """Launches of one forward and backward with the tiles of an architecture; k = w, S = 4 k."""
 
     def empty(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=like, device="meta")
@@ -73,6 +75,7 @@ def record(
             kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
             recorders = {name: Recorder(kernel, log) for name, kernel in kernels.items()}
             patches.enter_context(mock.patch.multiple(module, **recorders))
+        patches.enter_context(mock.patch.object(gpu_call, "is_hopper", lambda device: arch == 90))
         if hopper:
             special = Recorder(hopper_kernels.kernel_for_hopper(), log)
             patches.enter_context(mock.patch.object(attention, "hopper_forward_applies", lambda call: True))
@@ -121,7 +124,7 @@ def main(*, forward: bool = False) -> None:
     d, group, dtype, arch = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]), int(sys.argv[4])
     gate = sys.argv[5] if len(sys.argv) > 5 else "straight_through"
     seen = set()
-    launches = record(d, group, dtype, gate=gate, carry="carry" in sys.argv, hopper="hopper" in sys.argv)
+    launches = record(d, group, dtype, gate=gate, carry="carry" in sys.argv, arch=arch, hopper="hopper" in sys.argv)
     for kernel, args, constants in launches[: 1 if forward else None]:
         if kernel.__name__ not in seen:
             seen.add(kernel.__name__)

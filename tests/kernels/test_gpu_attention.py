@@ -45,7 +45,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         # Long sequences add up a pair's rows in many steps: so do these.
         monkeypatch.setattr(attention, "ROWS_AT_ONCE", 2)
         for module in (call, ops):
-            monkeypatch.setattr(module, "tiles_for", lambda *_: tiles)
+            monkeypatch.setattr(module, "tiles_for", lambda *_, **__: tiles)
 
 
 def values_and_gradients(attend, case: Case, **settings) -> dict[str, Tensor]:
@@ -273,10 +273,19 @@ def test_what_the_kernels_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("shape", [(64, 1), (64, 4), (80, 3), (96, 8), (128, 4), (128, 5), (256, 2), (32, 7)], ids=str)
-def test_half_precision_errs_like_dense_attention(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *((d, group, "none") for d, group in [(32, 7), (64, 1), (80, 3), (96, 8), (128, 4), (128, 5), (256, 2)]),
+        *((*shape, "value") for shape in [(64, 4), (128, 4), (256, 1), (256, 6), (256, 64)]),
+        *((*shape, "straight_through") for shape in [(128, 4), (256, 1), (256, 6)]),
+        *((d, 2, "key_value") for d in (64, 128, 256)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_half_precision_errs_like_dense_attention(setting: tuple[int, int, str], dtype: torch.dtype) -> None:
     """Error against float64 at most twice that of torch's dense attention in the same dtype over the same set."""
-    d, group = shape
+    d, group, gate = setting
     case = Case(f"half_{d}_{group}", s=451, num_selected=60, window=45, h=2 * group, g=2, d=d, b=1)
     exact = {name: x.detach().to(dtype).double() for name, x in case.inputs().items()}
     exact["scores"] = case.inputs()["scores"].detach()
@@ -289,9 +298,9 @@ def test_half_precision_errs_like_dense_attention(shape: tuple[int, int], dtype:
         leaves = {n: x.to("cpu" if name == "reference" else DEVICE).requires_grad_() for n, x in leaves.items()}
         if name == "dense":
             # Dense attention in PyTorch over the same set: the reference's own code path in half precision.
-            output = attention_reference(**leaves, gate="none", **case.settings())
+            output = attention_reference(**leaves, gate=gate, **case.settings())
         else:
-            output = sparsek_attention(**leaves, gate="none", backend=name, **case.settings())
+            output = sparsek_attention(**leaves, gate=gate, backend=name, **case.settings())
         upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
         grads = torch.autograd.grad(output, [leaves[n] for n in ("query", "key", "value")], upstream)
         results[name] = [x.double().cpu() for x in (output, *grads)]

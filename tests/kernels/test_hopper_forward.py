@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     tiles = Tiles(chunk=32, span=64, forward=tile, grad_query=tile, gated_columns=8, grad_selected=tile,
                   grad_window=tile)  # fmt: skip
     for module in (call, ops):
-        monkeypatch.setattr(module, "tiles_for", lambda *_: tiles)
+        monkeypatch.setattr(module, "tiles_for", lambda *_, **__: tiles)
     monkeypatch.setattr(hopper, "HOPPER_FORWARD", {8: tile})
     monkeypatch.setattr(hopper, "kernel_for_hopper", KernelInNumpy)
     monkeypatch.setattr(attention, "hopper_forward_applies", lambda made: seen.append(made) or True)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsek_kernels.gpu.tiles import Tile, Tiles, tiles_for
+from sparsek_kernels.gpu.tiles import Tile, Tiles, is_hopper, tiles_for
 
 _ACCUMULATE = {torch.float64: tl.float64}
 
@@ -154,7 +154,13 @@ def new_call(
         window=window,
         gate=gate,
         scale=scale,
-        tiles=tiles_for(d, h // g, query.element_size()),
+        tiles=tiles_for(
+            d,
+            h // g,
+            query.element_size(),
+            hopper=is_hopper(query.device),
+            two_sums=gate == "straight_through",
+        ),
     )
 
 

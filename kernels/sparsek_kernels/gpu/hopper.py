@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from sparsek_kernels.gpu.call import Call
-from sparsek_kernels.gpu.tiles import Tile
+from sparsek_kernels.gpu.tiles import Tile, is_hopper
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,6 @@ def why_not_hopper(call: Call) -> str | None:
     if any(x.data_ptr() % 16 or any(i % 16 for i in x.stride()[:3]) for x in tensors):
         return "rows do not all begin at multiples of 16 numbers"
     return None if kernel_for_hopper() is not None else f"Triton {triton.__version__} lacks what it is written in"
-
-
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache

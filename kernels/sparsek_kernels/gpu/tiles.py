@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 ANYWHERE = -(1 << 30)
 """Position that lies before every key and every document."""
 
@@ -34,8 +36,20 @@ class Tiles:
     grad_window: Tile
 
 
-def tiles_for(head_dim: int, group_size: int, element_size: int) -> Tiles:
-    """By head width and bytes per element. Those for d = 128 in half precision were tuned on one H200, no others."""
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9.x, whose own matrix products take 64 rows at a time."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def tiles_for(
+    head_dim: int, group_size: int, element_size: int, *, hopper: bool = False, two_sums: bool = False
+) -> Tiles:
+    """By head width and bytes per element. Those for half precision were tuned on one H200 or H100, no others.
+
+    Args:
+        hopper: whether the GPU is one. Chunk and span never depend on it: results do not, up to rounding.
+        two_sums: whether `grad_query` has two accumulators (`straight_through`), which leave it less room.
+    """
     if element_size > 2:
         narrow = Tile(16, 16, 4, 1)
         rows = Tile(max(narrow.rows, group_size), narrow.columns, 4, 1)
@@ -46,4 +60,9 @@ def tiles_for(head_dim: int, group_size: int, element_size: int) -> Tiles:
     if head_dim <= 128:
         wide = Tile(128, 64, 8, 3)
         return Tiles(128, 1024, wide, Tile(128, 64, 8, 2), 32, Tile(32, 64, 4, 2), Tile(32, 64, 4, 3))
-    return Tiles(128, 1024, Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
+    low = Tile(64, 32, 8, 2)
+    if not hopper:
+        return Tiles(128, 1024, low, low, 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
+    # Rows, or keys in the key-major kernels, enough for Hopper's products; GPUs before it lack the shared memory.
+    high = Tile(128, 32, 8, 2)
+    return Tiles(128, 1024, high, low if two_sums else high, 16, Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
