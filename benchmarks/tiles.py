@@ -40,7 +40,7 @@ CANDIDATES: dict[int, dict[str, list[tuple[int, ...]]]] = {
     # Only tiles of 64 keys (rows, in the query-major kernels) let the compiler use Hopper's own matrix products well.
     # (64, 64, ...) and dq's (128, 32, ...) do not fit GPUs before it.
     256: {
-        "forward": [(64, 32, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (128, 64, 8, 2)],
+        "forward": [(64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)],
         "grad_query": [(64, 32, 8, 2, 16), (64, 64, 8, 2, 16), (128, 32, 8, 2, 16)],
         "grad_selected": [(32, 32, 8, 2), (16, 64, 8, 3), (64, 64, 8, 2)],
         "grad_window": [(32, 32, 8, 2), (16, 64, 8, 3), (32, 64, 8, 2)],

@@ -7,6 +7,8 @@ Bfloat16 products are wrong in the interpreter, so half precision is tested on G
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -289,24 +291,25 @@ def test_half_precision_errs_like_dense_attention(setting: tuple[int, int, str],
     case = Case(f"half_{d}_{group}", s=451, num_selected=60, window=45, h=2 * group, g=2, d=d, b=1)
     exact = {name: x.detach().to(dtype).double() for name, x in case.inputs().items()}
     exact["scores"] = case.inputs()["scores"].detach()
-    results = {}
-    for name, kind in (("reference", torch.float64), ("dense", dtype), ("triton", dtype)):
-        leaves = {
-            n: x.to(kind if n != "scores" else max(kind, torch.float32, key=lambda t: t.itemsize))
-            for n, x in exact.items()
-        }
-        leaves = {n: x.to("cpu" if name == "reference" else DEVICE).requires_grad_() for n, x in leaves.items()}
-        if name == "dense":
-            # Dense attention in PyTorch over the same set: the reference's own code path in half precision.
-            output = attention_reference(**leaves, gate=gate, **case.settings())
-        else:
-            output = sparsek_attention(**leaves, gate=gate, backend=name, **case.settings())
+
+    def computed(attend: Callable[..., Tensor], kind: torch.dtype, device: str, gate: str) -> list[Tensor]:
+        """Output and gradients of query, key and value; scores are float32 at least."""
+        kinds = {name: kind if name != "scores" else torch.promote_types(kind, torch.float32) for name in exact}
+        leaves = {name: x.to(device, kinds[name]).requires_grad_() for name, x in exact.items()}
+        output = attend(**leaves, gate=gate, **case.settings())
         upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-        grads = torch.autograd.grad(output, [leaves[n] for n in ("query", "key", "value")], upstream)
-        results[name] = [x.double().cpu() for x in (output, *grads)]
-    for expected, dense, found in zip(*(results[n] for n in ("reference", "dense", "triton")), strict=True):
-        assert torch.isfinite(found).all()
-        error, yardstick = ((x - expected).abs().max() for x in (found, dense))
+        grads = torch.autograd.grad(output, [leaves[name] for name in ("query", "key", "value")], upstream)
+        return [x.double().cpu() for x in (output, *grads)]
+
+    found = computed(partial(sparsek_attention, backend="triton"), dtype, DEVICE, gate)
+    # Dense attention in PyTorch over the same set: the reference's own code path, without gates, in half precision.
+    dense = computed(attention_reference, dtype, DEVICE, "none")
+    expected, plain = (
+        computed(partial(sparsek_attention, backend="reference"), torch.float64, "cpu", kind) for kind in (gate, "none")
+    )
+    for mine, right, theirs, right_for_them in zip(found, expected, dense, plain, strict=True):
+        assert torch.isfinite(mine).all()
+        error, yardstick = (mine - right).abs().max(), (theirs - right_for_them).abs().max()
         assert error <= 2 * yardstick + 1e-5, (error, yardstick)
 
 

@@ -64,5 +64,5 @@ def tiles_for(
     if not hopper:
         return Tiles(128, 1024, low, low, 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
     # Rows, or keys in the key-major kernels, enough for Hopper's products; GPUs before it lack the shared memory.
-    high = Tile(128, 32, 8, 2)
-    return Tiles(128, 1024, high, low if two_sums else high, 16, Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
+    grad_query = low if two_sums else Tile(128, 32, 8, 2)
+    return Tiles(128, 1024, Tile(128, 64, 8, 2), grad_query, 16, Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
