@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.errors import DataError
 from sparsek_dist.evaluation.shards import Sharing
-from sparsek_dist.parallel.loss import IGNORE
+from sparsek_dist.parallel.loss import IGNORE, losses
 
 FRACTIONS = (8, 4, 2, 1)
 """A target is scored with the last 1/8, 1/4, 1/2 and all of its context."""
@@ -156,9 +155,7 @@ def _nats(model: Any, sharing: Sharing, device: torch.device, batch: Batch) -> T
     """Cross entropy of every target, float64 [b, n] on every rank; 0 where there is none."""
     mine = sharing.shard(batch, device)
     logits = model(input_ids=mine.input_ids, position_ids=mine.position_ids).logits
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    nats = F.cross_entropy(precise.transpose(1, 2), mine.labels, ignore_index=IGNORE, reduction="none").double()
-    return sharing.whole(nats, batch.input_ids.shape[1])
+    return sharing.whole(losses(logits, mine.labels).double(), batch.input_ids.shape[1])
 
 
 def _by_bin(position_ids: Tensor, nats: Tensor, weights: Tensor) -> Tensor:

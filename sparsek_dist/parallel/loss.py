@@ -6,8 +6,11 @@ own targets, and the divisor is counted once over all ranks and micro-batches. A
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from torch import Tensor
 
 from sparsek_dist.parallel.comm import all_reduce_sum
@@ -24,8 +27,23 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [b, s, v].
         labels: [b, s], already shifted: labels[i] is the token after token i, or IGNORE.
     """
-    precise = logits.double() if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return _cross_entropy(logits, labels, "sum")
+
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropies [b, s] that `loss_sum` adds up; 0 where there is no target."""
+    return _cross_entropy(logits, labels, "none").view(labels.shape)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: Literal["none", "sum"]) -> Tensor:
+    """Of logits in half precision no copy in float32 is made, but for some rows at a time.
+
+    With a vocabulary of 128,000 the three that torch would hold at once were most of the memory of a long shard.
+    """
+    rows, targets = logits.flatten(0, 1), labels.flatten()
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        return chunked_cross_entropy(rows, targets, ignore_index=IGNORE, reduction=reduction, backend="torch")
+    return F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction=reduction)
 
 
 def count_targets(labels: Tensor) -> Tensor:

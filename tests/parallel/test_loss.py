@@ -1,8 +1,12 @@
 """The loss weighs every target alike, and a rank without targets adds exactly nothing."""
 
+import deepspeed.runtime.chunked_cross_entropy as chunked
+import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsek_dist.parallel.loss import IGNORE, count_targets, engine_loss, loss_sum, step_targets
+from sparsek_dist.parallel.loss import IGNORE, count_targets, engine_loss, loss_sum, losses, step_targets
 from sparsek_dist.parallel.mesh import RankGroup
 
 
@@ -21,6 +25,39 @@ def test_no_targets_give_zero_loss_and_zero_gradient():
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
     assert step_targets([torch.full((1, 4), IGNORE)], RankGroup()) == 1
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Numbers of the largest float32 tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_the_loss_in_float32_without_a_copy_of_all_logits(dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "_BLOCK_ELEMENTS", 100)
+    logits = (3 * torch.randn(2, 21, 17)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 17, (2, 21))
+    labels[:, ::4] = IGNORE
+    exact = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    (0.3 * expected).backward()
+    with LargestFloat32() as largest:
+        loss = loss_sum(logits, labels)
+        (0.3 * loss).backward()
+    assert loss.dtype == torch.float32 and largest.numbers <= 100
+    each = losses(logits, labels)
+    assert torch.equal(each.sum(), loss) and torch.equal(each == 0, labels == IGNORE)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_engine_loss_undoes_the_divisions_of_deepspeed():
