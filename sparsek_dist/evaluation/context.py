@@ -19,7 +19,8 @@ from torch import Tensor
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.errors import DataError
 from sparsek_dist.evaluation.shards import Sharing
-from sparsek_dist.parallel.loss import IGNORE, losses
+from sparsek_dist.models.head import token_losses
+from sparsek_dist.parallel.loss import IGNORE
 
 FRACTIONS = (8, 4, 2, 1)
 """A target is scored with the last 1/8, 1/4, 1/2 and all of its context."""
@@ -154,8 +155,8 @@ def _compare(sums: np.ndarray, n: int) -> list[AtLength]:
 def _nats(model: Any, sharing: Sharing, device: torch.device, batch: Batch) -> Tensor:
     """Cross entropy of every target, float64 [b, n] on every rank; 0 where there is none."""
     mine = sharing.shard(batch, device)
-    logits = model(input_ids=mine.input_ids, position_ids=mine.position_ids).logits
-    return sharing.whole(losses(logits, mine.labels).double(), batch.input_ids.shape[1])
+    nats = token_losses(model, mine.input_ids, mine.position_ids, mine.labels)
+    return sharing.whole(nats.double(), batch.input_ids.shape[1])
 
 
 def _by_bin(position_ids: Tensor, nats: Tensor, weights: Tensor) -> Tensor:

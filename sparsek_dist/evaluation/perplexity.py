@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.data.store import TokenStore
 from sparsek_dist.errors import DataError
+from sparsek_dist.models.head import token_losses
 from sparsek_dist.parallel.comm import all_reduce_sum
-from sparsek_dist.parallel.loss import IGNORE, count_targets, loss_sum
+from sparsek_dist.parallel.loss import IGNORE, count_targets
 from sparsek_dist.parallel.mesh import Mesh
 
 BYTES = "bytes"
@@ -97,8 +98,7 @@ def evaluate(
     try:
         for whole in batches:
             batch = whole.shard(mesh.sequence.rank, mesh.sequence.size).to(device)
-            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
-            nats = loss_sum(logits, batch.labels).double()
+            nats = token_losses(model, batch.input_ids, batch.position_ids, batch.labels).double().sum()
             sums += torch.stack([nats, count_targets(batch.labels), count_bytes(batch.labels)])
     finally:
         model.train(was_training)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sparsek_dist.config import Config
 from sparsek_dist.errors import NumericsError
+from sparsek_dist.models.head import token_losses
 from sparsek_dist.parallel.comm import all_reduce_sum
-from sparsek_dist.parallel.loss import engine_loss, loss_sum, step_targets
+from sparsek_dist.parallel.loss import engine_loss, step_targets
 from sparsek_dist.parallel.mesh import Mesh
 from sparsek_dist.training.checkpoint import Checkpoints, Position
 from sparsek_dist.training.checksum import require_equal_parameters
@@ -148,8 +149,7 @@ def train_step(engine: Any, batches: list[Batch], step: int, config: Config, mes
     for index, batch in enumerate(batches):
         if index > 0:
             engine.step()
-        logits = engine(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
-        mine = loss_sum(logits, batch.labels)
+        mine = token_losses(engine, batch.input_ids, batch.position_ids, batch.labels).sum()
         engine.backward(engine_loss(mine, targets, world_size=mesh.world.size, accumulation_steps=len(batches)))
         nats += mine.detach()
     loss = float(all_reduce_sum(nats, mesh.world) / targets)

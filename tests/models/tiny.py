@@ -34,7 +34,7 @@ MODELS = {
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "gpt2": {"type": "gpt2", "attn_pdrop": 0.0, "scale_attn_by_inverse_layer_idx": True},
     "gpt_neox": {"type": "gpt_neox", "hidden_size": 32, **ROTATED},
-    "granite": {"type": "granite", "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "granite": {"type": "granite", "attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 3.0},
     "llama": {"type": "llama"},
     "llama, one KV head, biases, llama3 rope": {"type": "llama", "num_key_value_heads": 1, "attention_bias": True,
                                                 "rope_parameters": LLAMA3_ROPE},

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from sparsek_dist.config import OptimizerConfig
+from sparsek_dist.models import head
 from sparsek_dist.parallel.loss import count_targets, loss_sum
 from tests.distributed import run_distributed
-from tests.training.toys import ToyLoader, seeded_model, toy_config
+from tests.training.toys import VOCABULARY, ToyLoader, seeded_model, toy_config
 
 STAGES = (0, 1, 2, 3)
 ACCUMULATION = 2
@@ -56,7 +57,8 @@ def _step_on_ranks(rank: int, world_size: int, configs: list) -> list:
     from sparsek_dist.training.loop import micro_batches, train_step
 
     results = []
-    for config in configs:
+    for config, tiled in configs:
+        head.NUMBERS_AT_ONCE = 3 * VOCABULARY if tiled else 1 << 27
         mesh = build_mesh(config.parallel.sequence_degree, timeout=timedelta(seconds=30))
         engine = build_engine(seeded_model(scale=SCALE), config, mesh)
         batches = micro_batches(ToyLoader(config), 0, config, mesh, engine.device)
@@ -70,9 +72,10 @@ def _step_on_ranks(rank: int, world_size: int, configs: list) -> list:
 def cases() -> dict[tuple, tuple]:
     """Every case in one start of two processes."""
     keys = [(stage, degree, clip, "float32") for stage in STAGES for degree in (1, 2) for clip in (0.0, 0.05)]
-    keys += [(stage, 2, 0.0, "bfloat16") for stage in STAGES]
-    configs = [_config(s, sequence_degree=d, clip_norm=c, precision=p) for s, d, c, p in keys]
-    by_rank = run_distributed(_step_on_ranks, 2, configs, timeout=120)
+    keys += [(stage, 2, 0.0, precision) for stage in STAGES for precision in ("bfloat16", "float32 in tiles")]
+    configs = [_config(s, sequence_degree=d, clip_norm=c, precision=p.split()[0]) for s, d, c, p in keys]
+    tiled = ["tiles" in precision for *_, precision in keys]
+    by_rank = run_distributed(_step_on_ranks, 2, list(zip(configs, tiled, strict=True)), timeout=120)
     return {
         key: (config, by_rank[0][i], by_rank[1][i]) for i, (key, config) in enumerate(zip(keys, configs, strict=True))
     }
@@ -82,7 +85,16 @@ def cases() -> dict[tuple, tuple]:
 @pytest.mark.parametrize("degree", [1, 2], ids=["data_parallel", "sequence_parallel"])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05], ids=["unclipped", "clipped"])
 def test_step_equals_torch(cases, stage, degree, clip_norm) -> None:
-    config, mine, others = cases[stage, degree, clip_norm, "float32"]
+    _equals_torch(*cases[stage, degree, clip_norm, "float32"], degree)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_head_in_tiles_equals_torch(cases, stage) -> None:
+    """Shards of 8 tokens, 3 at a time: one backward pass uses the weights of the head in three tiles."""
+    _equals_torch(*cases[stage, 2, 0.0, "float32 in tiles"], 2)
+
+
+def _equals_torch(config, mine: tuple, others: tuple, degree: int) -> None:
     weights, norm, loss, batch_size = mine
     _, other_norm, other_loss, _ = others
     expected, expected_norm = _step_in_torch(config, data_degree=2 // degree)

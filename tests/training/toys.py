@@ -49,6 +49,9 @@ class ToyModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(12, VOCABULARY, bias=False)
 
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Output:
         x = self.embed(input_ids)
         phase = torch.sin(position_ids.to(x.dtype) / 3).unsqueeze(-1)
