@@ -20,7 +20,7 @@ from benchmarks.quality.plots import FIRST_POSITION, plot_convert, plot_text
 from benchmarks.quality.report import report
 from benchmarks.quality.run import MasterWeights, Study, configuration, run_cell, trained
 from benchmarks.quality.scales import CPU, GPU, SCALES
-from benchmarks.quality.summary import mean_error, paired
+from benchmarks.quality.summary import less_dense, mean_error, paired, with_dense
 from sparsek_dist.config import AttentionConfig, Config, ModelConfig, OptimizerConfig
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.models.build import build_model
@@ -292,12 +292,22 @@ def test_the_plot_of_text_shows_a_variant_in_one_colour_where_targets_are_many()
     assert len({curve.get_color() for curve in shown.values()}) == len(shown)
 
 
-def test_the_plot_of_converted_text_is_paired_with_the_dense_model_of_the_seed():
-    dense = [{"seed": seed, "x": 2.0 + seed} for seed in range(2)]
-    rows = [{"variant": "window", "seed": seed, "share": 0.0, "x": 2.5 + seed} for seed in range(2)]
-    for less_dense, expected in ((True, 0.5), (False, 3.0)):
-        figure = plot_convert(rows, dense, "x", lambda row: row["x"], less_dense)
-        assert list(_curves(figure.axes[0])["window"].get_ydata()) == [expected]
+def test_converted_models_are_compared_with_the_dense_ones_that_they_were():
+    def read(row):
+        return row["x"]
+
+    rows = [{"task": "text", "kind": "full", "seed": seed, "x": 2.0 + seed} for seed in range(3)]
+    convert = {"task": "convert-text", "kind": "window", "variant": "window", "share": 0.0}
+    rows += [{**convert, "seed": seed, "x": 2.5 + seed} for seed in range(2)]
+    # One of another session, whose dense model of the seed was another.
+    rows += [{**convert, "seed": 2, "x": 5.5, "dense": {"x": 5.0}}]
+    converted = [row for row in with_dense(rows) if row["task"] == "convert-text"]
+    assert [less_dense(read)(row) for row in converted] == [0.5, 0.5, 0.5]
+    assert math.isnan(less_dense(read)(rows[-2]))
+    for less, expected in ((True, 0.5), (False, 11.5 / 3)):
+        axes = plot_convert(converted, "x", read, less).axes[0]
+        assert list(_curves(axes)["window"].get_ydata()) == pytest.approx([expected])
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([10.0 / 3, 10.0 / 3])
 
 
 def test_a_dense_model_is_trained_where_it_is_missing(tmp_path):

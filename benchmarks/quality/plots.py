@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.quality.summary import Read, Row, by_variant, keys_found, mean_error, passkey_lengths
+from benchmarks.quality.summary import Read, Row, by_variant, keys_found, less_dense, mean_error, passkey_lengths
 
 DEFAULT = "sparsek, value, std 1, slope 4"
 FIRST_POSITION = 32
@@ -70,24 +70,24 @@ def plot_text(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def plot_convert(rows: Sequence[Row], dense: Sequence[Row], label: str, read: Read, less_dense: bool) -> Figure:
+def plot_convert(rows: Sequence[Row], label: str, read: Read, less: bool) -> Figure:
     """A number of the converted models by the share of tuning, and that of the dense ones that they were.
 
-    With `less_dense`, less that of the dense model of its seed: where those differ from seed to seed by more than
-    conversion changes, the errors of the numbers themselves would hide it.
+    With `less`, less that of its own dense model: where those differ from model to model by more than conversion
+    changes, the errors of the numbers themselves would hide it.
     """
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(9.5, 6.5), layout="constrained")
     axes = figure.subplots()
-    base = {row["seed"]: read(row) for row in dense}
-    if dense:
-        level = 0.0 if less_dense else _mean(dense, read)
-        axes.axhline(level, color="grey", linestyle=":", label="dense, not converted")
+    if not less:
+        # A line at 0 would only flatten what is to be seen.
+        dense = {row["seed"]: row["dense"] for row in rows if "dense" in row}
+        axes.axhline(_mean(list(dense.values()), read), color="grey", linestyle=":", label="dense, not converted")
+    shown = less_dense(read) if less else read
     variants = by_variant(rows)
     others = [variant for variant in variants if variant not in KINDS]
     for variant, mine in variants.items():
         shares = sorted({row["share"] for row in mine})
-        origin = base if less_dense else dict.fromkeys((row["seed"] for row in mine), 0.0)
-        found = {(row["seed"], row["share"]): read(row) - origin.get(row["seed"], math.nan) for row in mine}
+        found = {(row["seed"], row["share"]): shown(row) for row in mine}
         seeds = sorted({row["seed"] for row in mine})
         curves = [[found.get((seed, share), math.nan) for share in shares] for seed in seeds]
         places = [100 * share for share in shares]

@@ -35,6 +35,25 @@ def paired(rows: Sequence[Row], reference: Sequence[Row], read: Read) -> list[fl
     return [read(row) - base[row["seed"]] for row in rows if row["seed"] in base]
 
 
+def with_dense(rows: Sequence[Row]) -> list[Row]:
+    """Converted cells with the row of the dense model that they were as `dense`: that of their task and seed.
+
+    Rows of several sessions bring their own: each session trained its dense models anew, and GPUs do not repeat them.
+    """
+    dense = {(row["task"], row["seed"]): row for row in rows if row["kind"] == "full"}
+    return [_with_dense(row, dense.get((row["task"].removeprefix("convert-"), row["seed"]))) for row in rows]
+
+
+def _with_dense(row: Row, dense: Row | None) -> Row:
+    converted = row["task"].startswith("convert-")
+    return {"dense": dense, **row} if converted and dense is not None else row
+
+
+def less_dense(read: Read) -> Read:
+    """A number of a converted model, less that of the dense one that it was; NaN where that is not known."""
+    return lambda row: read(row) - read(row["dense"]) if "dense" in row else math.nan
+
+
 def layers(row: Row, name: str) -> list[float]:
     """NAME_0, NAME_1, .. of a cell; none for dense attention."""
     found = []
