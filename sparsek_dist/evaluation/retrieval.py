@@ -98,9 +98,12 @@ def in_one_pass(model: Any, sample: Sample, sharing: Sharing) -> tuple[float, bo
     labels = torch.full_like(ids, IGNORE)
     labels[0, -len(sample.answer) :] = torch.tensor(sample.answer)
     mine = sharing.shard(Batch(ids, labels, torch.arange(ids.shape[1])[None]), model.device)
-    logits = model(input_ids=mine.input_ids, position_ids=mine.position_ids, use_cache=False).logits
     asked = mine.labels != IGNORE
-    wanted, precise = mine.labels[asked], logits[asked].to(torch.promote_types(logits.dtype, torch.float32))
+    places = asked[0].nonzero().flatten()
+    # Of a long shard, all logits would be more than fits; here they are a few rows, or none.
+    output = model(input_ids=mine.input_ids, position_ids=mine.position_ids, use_cache=False, logits_to_keep=places)
+    logits = output.logits[0]
+    wanted, precise = mine.labels[asked], logits.to(torch.promote_types(logits.dtype, torch.float32))
     # [b, s, (nats, whether it is the likeliest)], 0 where nothing is asked.
     told = torch.zeros(*asked.shape, 2, dtype=torch.float64, device=logits.device)
     nats = F.cross_entropy(precise, wanted, reduction="none")

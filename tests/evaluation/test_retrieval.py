@@ -47,12 +47,12 @@ class Reader:
             name = said[2]
         return list(f" {found[2]}".encode()) if found else list(b" no one")
 
-    def __call__(self, input_ids, position_ids, use_cache):
+    def __call__(self, input_ids, position_ids, use_cache, logits_to_keep):
         ids = input_ids[0].tolist()
         begin = bytes(ids[1:]).rindex(b" is") + 4
         likeliest = [0] * (begin - 1) + self._answer(ids[:begin])
         logits = 50.0 * torch.nn.functional.one_hot(torch.tensor(likeliest), 257)
-        return SimpleNamespace(logits=logits[None, : len(ids)])
+        return SimpleNamespace(logits=logits[None, : len(ids)][:, logits_to_keep])
 
     def generate(self, prompt, max_new_tokens, **_):
         return torch.tensor([prompt[0].tolist() + self._answer(prompt[0].tolist())[:max_new_tokens]])
