@@ -6,6 +6,8 @@ tile exists at a time, and is computed again in the backward pass. Gradients of 
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sparsek_dist.parallel.loss import losses
 
-NUMBERS_AT_ONCE = 1 << 27
-"""Logits of one tile: 256 MiB in half precision. Fewer are computed whole, and kept."""
+logger = logging.getLogger(__name__)
+
+NUMBERS_AT_ONCE = 1 << 28
+"""Logits of one tile: 512 MiB in half precision. Fewer are computed whole, and kept."""
 LATER = ("logits_scaling", "final_logit_softcapping")
 """Fields of a model's config, by which it changes what its head gives."""
 
@@ -26,15 +31,18 @@ def token_losses(model: Any, input_ids: Tensor, position_ids: Tensor, labels: Te
     """Cross entropies [b, s] in nats, float32 (float64 for a float64 model); 0 where there is no target.
 
     They are those of the model's logits, which are held whole only where they are few, or where the model has no plain
-    linear head or changes what it gives (`LATER`).
+    linear head or changes what it gives (`LATER`); that is logged.
 
     Args:
         model: called with input_ids and position_ids, gives logits [b, s, v]; or DeepSpeed's engine around one.
         labels: [b, s], already shifted, or IGNORE.
     """
     head = _plain_head(getattr(model, "module", model))
-    if head is None or labels.numel() * head.out_features <= NUMBERS_AT_ONCE:
-        return losses(model(input_ids=input_ids, position_ids=position_ids).logits, labels)
+    if head is None or not _worth_tiles(head, labels.numel()):
+        logits = model(input_ids=input_ids, position_ids=position_ids).logits
+        if head is None and logits.numel() > NUMBERS_AT_ONCE:
+            _log_once()
+        return losses(logits, labels)
     with _giving_losses(head, labels):
         return model(input_ids=input_ids, position_ids=position_ids).logits
 
@@ -46,20 +54,36 @@ def _plain_head(model: Any) -> nn.Linear | None:
     return head if type(head) is nn.Linear and not changed else None
 
 
+def _worth_tiles(head: nn.Linear, num_tokens: int) -> bool:
+    # What tiles add up of the head's gradient is in float32, and as large as twice its weights.
+    learned = head.weight.requires_grad and torch.is_grad_enabled()
+    added = 2 * head.in_features * head.out_features if learned else 0
+    return num_tokens * head.out_features > max(NUMBERS_AT_ONCE, added)
+
+
+@functools.cache
+def _log_once() -> None:
+    logger.warning("the logits of a shard are held whole: this model's head is wrapped, or what it gives is changed")
+
+
 @contextmanager
 def _giving_losses(head: nn.Linear, labels: Tensor) -> Iterator[None]:
     """Inside of the head's call, as ZeRO 3 gathers its weights for that, and for the backward pass of that."""
     rows = max(1, NUMBERS_AT_ONCE // head.out_features)
 
     def forward(hidden: Tensor) -> Tensor:
+        assert hidden.shape[:-1] == labels.shape, "the model calls its head with other tokens than it was given"
         flat = _TiledLosses.apply(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten(), rows)
         return flat.view(labels.shape)
 
+    before = vars(head).get("forward")
     setattr(head, "forward", forward)  # noqa: B010 - mypy refuses to assign to a method
     try:
         yield
     finally:
         del head.forward
+        if before is not None:
+            setattr(head, "forward", before)  # noqa: B010
 
 
 class _TiledLosses(torch.autograd.Function):
@@ -72,6 +96,7 @@ class _TiledLosses(torch.autograd.Function):
         return torch.cat([_losses(hidden[tile], weight, bias, labels[tile]) for tile in _tiles(len(labels), rows)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]

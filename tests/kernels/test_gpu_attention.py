@@ -279,7 +279,7 @@ def test_what_the_kernels_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) 
     "setting",
     [
         *((d, group, "none") for d, group in [(32, 7), (64, 1), (80, 3), (96, 8), (128, 4), (128, 5), (256, 2)]),
-        *((*shape, "value") for shape in [(64, 4), (128, 4), (256, 1), (256, 6), (256, 64)]),
+        *((*shape, "value") for shape in [(64, 4), (128, 4), (192, 3), (256, 1), (256, 6), (256, 64)]),
         *((*shape, "straight_through") for shape in [(128, 4), (256, 1), (256, 6)]),
         *((d, 2, "key_value") for d in (64, 128, 256)),
     ],

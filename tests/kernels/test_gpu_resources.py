@@ -40,6 +40,7 @@ SLOW = [
     (64, 4, "bfloat16", 80, "key_value", "carry"), (80, 3, "bfloat16", 90, "straight_through", "carry"),
     (96, 8, "bfloat16", 90, "none", ""), (256, 2, "bfloat16", 90, "straight_through", ""),
     (256, 4, "float16", 90, "key_value", "carry"), (256, 2, "bfloat16", 90, "value", ""),
+    (192, 3, "bfloat16", 90, "value", "carry"),
     (256, 1, "bfloat16", 80, "value", "carry"), (32, 8, "float16", 90, "straight_through", ""),
     (128, 32, "bfloat16", 90, "straight_through", ""), (128, 4, "float32", 90, "straight_through", ""),
 ]  # fmt: skip

@@ -51,6 +51,21 @@ def random_labels(b: int, s: int, vocabulary: int) -> Tensor:
     return labels
 
 
+@pytest.fixture
+def tiles(monkeypatch) -> list[int]:
+    """Tokens of the calls whose losses came in tiles, whatever tiles would cost."""
+    seen: list[int] = []
+    giving = head._giving_losses
+
+    def told(module: nn.Linear, labels: Tensor):
+        seen.append(labels.numel())
+        return giving(module, labels)
+
+    monkeypatch.setattr(head, "_giving_losses", told)
+    monkeypatch.setattr(head, "_worth_tiles", lambda module, n: n * module.out_features > head.NUMBERS_AT_ONCE)
+    return seen
+
+
 def both(model: nn.Module, ids: Tensor, labels: Tensor, monkeypatch, vocabulary: int) -> list[list[Tensor]]:
     """Losses and all gradients, with whole logits and in tiles; every token's loss has a weight of its own."""
     positions = torch.arange(ids.shape[1]).expand(ids.shape)
@@ -69,7 +84,7 @@ def both(model: nn.Module, ids: Tensor, labels: Tensor, monkeypatch, vocabulary:
     "frozen", [(), ("head.weight",), ("hidden",), ("hidden", "head.bias"), ("head.weight", "head.bias")]
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradients(bias: bool, frozen: tuple[str, ...], monkeypatch) -> None:
+def test_gradients(bias: bool, frozen: tuple[str, ...], monkeypatch, tiles) -> None:
     model = Bare(23, 7, 31, bias=bias).double()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -77,22 +92,25 @@ def test_gradients(bias: bool, frozen: tuple[str, ...], monkeypatch) -> None:
     assert len(whole) == len(tiled) == 1 + sum(p.requires_grad for p in model.parameters())
     for expected, found in zip(whole, tiled, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert "forward" not in vars(model.head)
+    assert "forward" not in vars(model.head) and tiles == [23]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_family(name: str, monkeypatch) -> None:
-    """Tied embeddings, biases, scaled logits: in float64, with a batch of two."""
+def test_every_family(name: str, monkeypatch, tiles) -> None:
+    """Tied embeddings, biases, scaled or capped logits: in float64, with a batch of two."""
     model = tiny_model(name)
+    if capped := name == "gemma3_text":
+        model.config.final_logit_softcapping = 0.01
     ids, vocabulary = tokens(23), model.config.vocab_size
     whole, tiled = both(model, ids, random_labels(*ids.shape, vocabulary), monkeypatch, vocabulary)
     assert len(whole) == len(tiled) > 5
+    assert tiles == ([] if capped or name == "granite" else [46])
     for expected, found in zip(whole, tiled, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("learn", [True, False], ids=["training", "evaluation"])
-def test_no_logits_are_held(learn: bool, monkeypatch) -> None:
+def test_no_logits_are_held(learn: bool, monkeypatch, tiles) -> None:
     vocabulary, labels = 211, random_labels(1, 203, 211)
     model = Bare(203, 3, vocabulary, bias=False)
     monkeypatch.setattr(head, "NUMBERS_AT_ONCE", 10 * vocabulary)
@@ -111,7 +129,7 @@ def test_few_tokens_are_computed_as_ever(monkeypatch) -> None:
     assert torch.equal(found, losses(model(labels, labels).logits, labels))
 
 
-def test_gradients_of_the_head_are_summed_in_float32(monkeypatch) -> None:
+def test_gradients_of_the_head_are_summed_in_float32(monkeypatch, tiles) -> None:
     """400 tiles: in bfloat16, a sum that is 256 times a summand no longer grows."""
     model = Bare(400, 1, 2, bias=False).bfloat16()
     nn.init.ones_(model.hidden)
@@ -120,3 +138,24 @@ def test_gradients_of_the_head_are_summed_in_float32(monkeypatch) -> None:
     token_losses(model, labels, labels, labels).sum().backward()
     exact = 400 * (torch.softmax(model.head.weight.detach().double()[:, 0], 0) - torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(model.head.weight.grad.double()[:, 0], exact, rtol=0.01, atol=0)
+
+
+def test_tiles_where_they_take_less(monkeypatch) -> None:
+    """Their float32 sum of the head's gradient must be less than what they save."""
+    monkeypatch.setattr(head, "NUMBERS_AT_ONCE", 1)
+    linear = nn.Linear(8, 31)
+    assert [n for n in (15, 16, 17) if head._worth_tiles(linear, n)] == [17]
+    with torch.no_grad():
+        assert head._worth_tiles(linear, 1)
+    linear.weight.requires_grad_(False)
+    assert head._worth_tiles(linear, 1)
+
+
+def test_logits_that_are_whole_nevertheless_are_told_of(monkeypatch, caplog) -> None:
+    head._log_once.cache_clear()
+    model, ids = tiny_model("granite"), tokens(9)
+    monkeypatch.setattr(head, "NUMBERS_AT_ONCE", 5)
+    for _ in range(2):
+        token_losses(model, ids, torch.arange(9).expand(ids.shape), ids)
+    (record,) = caplog.records
+    assert "held whole" in record.getMessage()

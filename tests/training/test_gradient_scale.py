@@ -57,12 +57,17 @@ def _step_on_ranks(rank: int, world_size: int, configs: list) -> list:
     from sparsek_dist.training.loop import micro_batches, train_step
 
     results = []
+    giving, tiled_calls = head._giving_losses, []
+    head._giving_losses = lambda module, labels: tiled_calls.append(labels.numel()) or giving(module, labels)
+    head.NUMBERS_AT_ONCE = 3 * VOCABULARY
     for config, tiled in configs:
-        head.NUMBERS_AT_ONCE = 3 * VOCABULARY if tiled else 1 << 27
+        head._worth_tiles = lambda module, n, tiled=tiled: tiled
+        tiled_calls.clear()
         mesh = build_mesh(config.parallel.sequence_degree, timeout=timedelta(seconds=30))
         engine = build_engine(seeded_model(scale=SCALE), config, mesh)
         batches = micro_batches(ToyLoader(config), 0, config, mesh, engine.device)
         outcome = train_step(engine, batches, 0, config, mesh)
+        assert tiled_calls == [8] * ACCUMULATION * tiled
         results.append((gather_weights(engine, mesh), outcome.grad_norm, outcome.loss, engine.train_batch_size()))
         engine.destroy()
     return results

@@ -8,6 +8,8 @@ import torch
 
 ANYWHERE = -(1 << 30)
 """Position that lies before every key and every document."""
+CHUNK, SPAN = 128, 1024
+"""Of all tables: the lists that selection makes are laid out by the first, whatever computes attention later."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +49,22 @@ def tiles_for(
     """By head width and bytes per element. Those for half precision were tuned on one H200 or H100, no others.
 
     Args:
-        hopper: whether the GPU is one. Chunk and span never depend on it: results do not, up to rounding.
+        hopper: whether the GPU is one.
         two_sums: whether `grad_query` has two accumulators (`straight_through`), which leave it less room.
     """
     if element_size > 2:
         narrow = Tile(16, 16, 4, 1)
         rows = Tile(max(narrow.rows, group_size), narrow.columns, 4, 1)
-        return Tiles(128, 1024, rows, rows, 16, rows, rows)
+        return Tiles(CHUNK, SPAN, rows, rows, 16, rows, rows)
     if head_dim <= 64:
         wide = Tile(64, 64, 4, 2)
-        return Tiles(128, 1024, wide, wide, 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
+        return Tiles(CHUNK, SPAN, wide, wide, 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
     if head_dim <= 128:
         wide = Tile(128, 64, 8, 3)
-        return Tiles(128, 1024, wide, Tile(128, 64, 8, 2), 32, Tile(32, 64, 4, 2), Tile(32, 64, 4, 3))
+        return Tiles(CHUNK, SPAN, wide, Tile(128, 64, 8, 2), 32, Tile(32, 64, 4, 2), Tile(32, 64, 4, 3))
     low = Tile(64, 32, 8, 2)
     if not hopper:
-        return Tiles(128, 1024, low, low, 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
+        return Tiles(CHUNK, SPAN, low, low, 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
     # Rows, or keys in the key-major kernels, enough for Hopper's products; GPUs before it lack the shared memory.
     grad_query = low if two_sums else Tile(128, 32, 8, 2)
-    return Tiles(128, 1024, Tile(128, 64, 8, 2), grad_query, 16, Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
+    return Tiles(CHUNK, SPAN, Tile(128, 64, 8, 2), grad_query, 16, Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
