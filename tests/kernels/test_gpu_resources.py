@@ -24,7 +24,7 @@ MOST_SPILLED = {
     (90, 256): {
         "forward_kernel": 200,
         "grad_query_kernel": 128,
-        "grad_selected_kernel": 208,
+        "grad_selected_kernel": 248,
         "grad_window_kernel": 400,
     },
 }
