@@ -16,6 +16,7 @@ SOLE_IMPORTERS = {
     "deepspeed": (
         "sparsek_dist/attention/ulysses.py",
         "sparsek_dist/parallel/comm.py",
+        "sparsek_dist/parallel/loss.py",
         "sparsek_dist/parallel/rendezvous.py",
         "sparsek_dist/training/engine.py",
     ),

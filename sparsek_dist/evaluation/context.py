@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.errors import DataError
 from sparsek_dist.evaluation.shards import Sharing
-from sparsek_dist.models.head import token_losses
+from sparsek_dist.parallel.head import token_losses
 from sparsek_dist.parallel.loss import IGNORE
 
 FRACTIONS = (8, 4, 2, 1)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.data.store import TokenStore
 from sparsek_dist.errors import DataError
-from sparsek_dist.models.head import token_losses
 from sparsek_dist.parallel.comm import all_reduce_sum
+from sparsek_dist.parallel.head import token_losses
 from sparsek_dist.parallel.loss import IGNORE, count_targets
 from sparsek_dist.parallel.mesh import Mesh
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparsek_dist.config import Config
 from sparsek_dist.errors import NumericsError
-from sparsek_dist.models.head import token_losses
 from sparsek_dist.parallel.comm import all_reduce_sum
+from sparsek_dist.parallel.head import token_losses
 from sparsek_dist.parallel.loss import engine_loss, step_targets
 from sparsek_dist.parallel.mesh import Mesh
 from sparsek_dist.training.checkpoint import Checkpoints, Position

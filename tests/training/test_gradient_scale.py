@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsek_dist.config import OptimizerConfig
-from sparsek_dist.models import head
+from sparsek_dist.parallel import head
 from sparsek_dist.parallel.loss import count_targets, loss_sum
 from tests.distributed import run_distributed
 from tests.training.toys import VOCABULARY, ToyLoader, seeded_model, toy_config

@@ -152,9 +152,7 @@ def grad_query_kernel(
     queries, member, exists = tile_rows(new_tile, s, G, GP, BQ)
     lse_row = tl.load(lse + (batch * g * G + head * G + member) * s + queries, mask=exists, other=float("inf"))
     rows = (q_tile, do_tile, lse_row)
-    middle, num_middle, oldest = window_columns(
-        new_tile, document_start + batch * s, s, t - s, window, CHUNK, BQ, BN
-    )  # fmt: skip
+    middle, num_middle, oldest = window_columns(new_tile, document_start + batch * s, s, t - s, window, CHUNK, BQ, BN)
     for low in tl.range(0, num_middle, BN):
         keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
         grad = _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC, PRECISION)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsek_dist.models import head
-from sparsek_dist.models.head import token_losses
+from sparsek_dist.parallel import head
+from sparsek_dist.parallel.head import token_losses
 from sparsek_dist.parallel.loss import IGNORE, losses
 from tests.models.tiny import MODELS, tiny_model, tokens
 
