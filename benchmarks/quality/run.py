@@ -25,7 +25,8 @@ from sparsek_dist.models.build import build_model, count_parameters
 from sparsek_dist.models.distill import fit_scorers, start_scorers
 from sparsek_dist.models.observe import observe
 from sparsek_dist.models.pretrained import SCORER
-from sparsek_dist.parallel.loss import count_targets, loss_sum
+from sparsek_dist.parallel.head import token_losses
+from sparsek_dist.parallel.loss import count_targets
 from sparsek_dist.parallel.mesh import Mesh, RankGroup
 from sparsek_dist.training.optim import build_optimizer, learning_rate, set_learning_rate
 
@@ -175,7 +176,7 @@ def train(model: Any, config: Config, batch_at: Callable[[int], Batch], *, score
     for step in range(steps):
         batch = batch_at(step).to(device)
         began = _clock(device)
-        nats = loss_sum(model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits, batch.labels)
+        nats = token_losses(model, batch.input_ids, batch.position_ids, batch.labels).sum()
         loss = nats / count_targets(batch.labels).clamp_min(1).float()
         loss.backward()
         weights.step(learning_rate(step, config), config.optimizer.clip_norm)

@@ -72,7 +72,8 @@ def _giving_losses(head: nn.Linear, labels: Tensor) -> Iterator[None]:
     rows = max(1, NUMBERS_AT_ONCE // head.out_features)
 
     def forward(hidden: Tensor) -> Tensor:
-        assert hidden.shape[:-1] == labels.shape, "the model calls its head with other tokens than it was given"
+        if hidden.shape[:-1] != labels.shape:
+            raise RuntimeError(f"the head got hidden states {list(hidden.shape)} for labels {list(labels.shape)}")
         flat = _TiledLosses.apply(hidden.flatten(0, 1), head.weight, head.bias, labels.flatten(), rows)
         return flat.view(labels.shape)
 

@@ -6,8 +6,6 @@ own targets, and the divisor is counted once over all ranks and micro-batches. A
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
@@ -20,30 +18,22 @@ IGNORE = -100
 """Label of a position without a target: padding, and the last token of a document."""
 
 
-def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross entropies, in nats and float32 (float64 for float64 logits).
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropies [b, s] in nats and float32 (float64 for float64 logits); 0 where there is no target.
+
+    Of logits in half precision no copy in float32 is made, but for some rows at a time: with a vocabulary of 128,000
+    the three that torch would hold at once were most of the memory of a long shard.
 
     Args:
         logits: [b, s, v].
         labels: [b, s], already shifted: labels[i] is the token after token i, or IGNORE.
     """
-    return _cross_entropy(logits, labels, "sum")
-
-
-def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross entropies [b, s] that `loss_sum` adds up; 0 where there is no target."""
-    return _cross_entropy(logits, labels, "none").view(labels.shape)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, reduction: Literal["none", "sum"]) -> Tensor:
-    """Of logits in half precision no copy in float32 is made, but for some rows at a time.
-
-    With a vocabulary of 128,000 the three that torch would hold at once were most of the memory of a long shard.
-    """
     rows, targets = logits.flatten(0, 1), labels.flatten()
     if rows.dtype in (torch.float16, torch.bfloat16):
-        return chunked_cross_entropy(rows, targets, ignore_index=IGNORE, reduction=reduction, backend="torch")
-    return F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction=reduction)
+        each = chunked_cross_entropy(rows, targets, ignore_index=IGNORE, reduction="none", backend="torch")
+    else:
+        each = F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="none")
+    return each.view(labels.shape)
 
 
 def count_targets(labels: Tensor) -> Tensor:

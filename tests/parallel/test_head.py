@@ -5,29 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsek_dist.parallel import head
 from sparsek_dist.parallel.head import token_losses
 from sparsek_dist.parallel.loss import IGNORE, losses
 from tests.models.tiny import MODELS, tiny_model, tokens
+from tests.parallel.largest import Largest
 
 ROWS = 5
 """Tokens of a tile; no length here is a multiple of it."""
-
-
-class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor):
-            self.numbers = max(self.numbers, made.numel())
-        return made
 
 
 class Bare(nn.Module):

@@ -4,41 +4,27 @@ import deepspeed.runtime.chunked_cross_entropy as chunked
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsek_dist.parallel.loss import IGNORE, count_targets, engine_loss, loss_sum, losses, step_targets
+from sparsek_dist.parallel.loss import IGNORE, count_targets, engine_loss, losses, step_targets
 from sparsek_dist.parallel.mesh import RankGroup
+from tests.parallel.largest import Largest
 
 
 def test_sums_over_shards_are_the_sum_over_the_sequence():
     logits, labels = torch.randn(2, 10, 7, dtype=torch.float64), torch.randint(0, 7, (2, 10))
     labels[:, ::3] = IGNORE
     shards = [(logits[:, :6], labels[:, :6]), (logits[:, 6:], labels[:, 6:])]
-    total = sum(loss_sum(*part) for part in shards)
-    torch.testing.assert_close(total, loss_sum(logits, labels), rtol=0, atol=1e-12)
+    total = sum(losses(*part).sum() for part in shards)
+    torch.testing.assert_close(total, losses(logits, labels).sum(), rtol=0, atol=1e-12)
     assert sum(count_targets(part[1]) for part in shards) == (labels != IGNORE).sum()
 
 
 def test_no_targets_give_zero_loss_and_zero_gradient():
     logits = torch.randn(1, 4, 5, requires_grad=True)
-    loss = loss_sum(logits, torch.full((1, 4), IGNORE))
+    loss = losses(logits, torch.full((1, 4), IGNORE)).sum()
     loss.backward()
     assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
     assert step_targets([torch.full((1, 4), IGNORE)], RankGroup()) == 1
-
-
-class LargestFloat32(TorchDispatchMode):
-    """Numbers of the largest float32 tensor that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
-            self.numbers = max(self.numbers, made.numel())
-        return made
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -50,12 +36,12 @@ def test_half_precision_gives_the_loss_in_float32_without_a_copy_of_all_logits(d
     exact = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
     (0.3 * expected).backward()
-    with LargestFloat32() as largest:
-        loss = loss_sum(logits, labels)
+    with Largest(torch.float32) as largest:
+        each = losses(logits, labels)
+        loss = each.sum()
         (0.3 * loss).backward()
     assert loss.dtype == torch.float32 and largest.numbers <= 100
-    each = losses(logits, labels)
-    assert torch.equal(each.sum(), loss) and torch.equal(each == 0, labels == IGNORE)
+    assert torch.equal(each == 0, labels == IGNORE)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
 

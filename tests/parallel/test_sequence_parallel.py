@@ -18,7 +18,7 @@ from sparsek_dist.config import AttentionConfig, Config, DataConfig, ModelConfig
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.models import build_model
 from sparsek_dist.parallel import comm
-from sparsek_dist.parallel.loss import IGNORE, loss_sum
+from sparsek_dist.parallel.loss import IGNORE, losses
 from sparsek_dist.parallel.mesh import Mesh, build_mesh
 from sparsek_kernels.carry import NOWHERE
 from tests.distributed import run_distributed
@@ -119,7 +119,7 @@ def _train(mesh: Mesh, case: Case, steps: int, exchange: str = "auto") -> dict[s
     received_before = sum(mesh.sequence.received.values())
     for step in range(steps):
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
-        loss = loss_sum(logits, batch.labels) / targets
+        loss = losses(logits, batch.labels).sum() / targets
         model.zero_grad()
         loss.backward()
         result["losses"].append(comm.all_reduce_sum(loss, mesh.world))

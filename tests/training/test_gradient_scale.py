@@ -14,7 +14,7 @@ import torch
 
 from sparsek_dist.config import OptimizerConfig
 from sparsek_dist.parallel import head
-from sparsek_dist.parallel.loss import count_targets, loss_sum
+from sparsek_dist.parallel.loss import count_targets, losses
 from tests.distributed import run_distributed
 from tests.training.toys import VOCABULARY, ToyLoader, seeded_model, toy_config
 
@@ -42,7 +42,7 @@ def _step_in_torch(config, data_degree: int) -> tuple[dict[str, torch.Tensor], f
     ]
     targets = sum(count_targets(batch.labels) for batch in batches)
     for batch in batches:
-        (loss_sum(model(batch.input_ids, batch.position_ids).logits, batch.labels) / targets).backward()
+        (losses(model(batch.input_ids, batch.position_ids).logits, batch.labels).sum() / targets).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     scale = min(1.0, config.optimizer.clip_norm / float(norm)) if config.optimizer.clip_norm else 1.0
     with torch.no_grad():

@@ -30,7 +30,7 @@ from sparsek_dist.data.loader import Batch
 from sparsek_dist.evaluation.perplexity import evaluate
 from sparsek_dist.models import build_model
 from sparsek_dist.parallel import comm
-from sparsek_dist.parallel.loss import IGNORE, count_targets, loss_sum
+from sparsek_dist.parallel.loss import IGNORE, count_targets, losses
 from sparsek_dist.parallel.mesh import Mesh, build_mesh
 from tests.distributed import run_distributed
 
@@ -128,7 +128,7 @@ def _expected(documents: str, gate: str) -> dict:
     model, batch = build_model(config, Mesh(), vocab_size=VOCABULARY), _whole(documents)
 
     def nats() -> torch.Tensor:
-        return loss_sum(model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits, batch.labels)
+        return losses(model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits, batch.labels).sum()
 
     loss = nats() / count_targets(batch.labels)
     loss.backward()
