@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import recall, run, text
 from benchmarks.quality.cells import BASELINES, TASKS, Cell, grid
+from benchmarks.quality.claims import claimed
 from benchmarks.quality.log import Log
 from benchmarks.quality.needles import write_keys
 from benchmarks.quality.plots import FIRST_POSITION, plot_convert, plot_text
@@ -164,11 +167,20 @@ def test_scorers_are_fitted_to_the_last_contexts_of_the_dense_model(monkeypatch,
     seen: list[tuple[str, int]] = []
     monkeypatch.setattr(run, "_batches", lambda cell, _: lambda step: seen.append((cell.task, step)) or _EMPTY)
     monkeypatch.setattr(run, "build_model", lambda *_, **__: torch.nn.Linear(1, 1))
-    monkeypatch.setattr(run, "fit_scorers", lambda *_, **__: [])
-    monkeypatch.setattr(run, "start_scorers", lambda *_: None)
+    fitted = [torch.randn(2, 3), torch.randn(2, 3)]
+    started: list[torch.Tensor] = []
+    monkeypatch.setattr(run, "fit_scorers", lambda *_, **__: fitted)
+    monkeypatch.setattr(run, "start_scorers", lambda _, weights: started.extend(weights))
     study = Study(replace(TINY, text=replace(TINY.text, steps=9)), tmp_path, torch.device("cpu"))
-    run._distil(None, Cell(task="convert-text", distilled=True), study)
+    for gate in ("value", "key_value"):
+        run._distil(None, Cell(task="convert-text", distilled=True, gate=gate), study)
+    # Once for both.
     assert seen == [("text", step) for step in (5, 6, 7, 8)]
+    assert all(torch.equal(x, y) for x, y in zip(started, fitted * 2, strict=True))
+    # Other scores are another fit, and so is another seed.
+    run._distil(None, Cell(task="convert-text", distilled=True, std=3.0), study)
+    run._distil(None, Cell(task="convert-text", distilled=True, seed=1), study)
+    assert len(seen) == 12
 
 
 def test_tuning_has_a_rate_and_a_length_of_its_own(tmp_path):
@@ -248,7 +260,7 @@ def test_a_study_stops_goes_on_and_reports(monkeypatch, tmp_path, capsys):
     command.main(arguments)
     assert log.path.read_text().startswith(before)
     rows = {row["name"]: row for row in log.rows()}
-    assert len(rows) == len(log.rows()) == 4 + 1 + 4 + 2 * 3 * 2
+    assert len(rows) == len(log.rows()) == 4 + 1 + 4 + 2 * 3 * 2 + 4
     untuned = rows["convert-text/random/0/seed 0"]
     assert "steps" not in untuned and rows["convert-text/random/0.5/seed 0"]["steps"] == 1
     assert all(math.isfinite(row["bits_per_byte"]) for row in rows.values() if "text" in row["task"])
@@ -256,8 +268,54 @@ def test_a_study_stops_goes_on_and_reports(monkeypatch, tmp_path, capsys):
     told = (tmp_path / "told.md").read_text()
     assert "sparsek, straight_through, std 1 | 1 |" in told
     assert all(f"## {task}\n" in told for task in TASKS)
-    for task in set(TASKS) - {"short"}:
+    for task in set(TASKS) - {"short", "time"}:
         assert (tmp_path / f"told_{task}.png").stat().st_size > 5000
+
+
+def test_a_step_is_timed_at_every_length_that_training_has(tmp_path):
+    cell = Cell(task="time", kind="window")
+    assert cell in grid(TINY)
+    row = run_cell(cell, Study(TINY, tmp_path, torch.device("cpu")))
+    assert [length for length, _ in row["step_seconds_by_length"]] == [256, 512]
+    assert all(seconds > 0 for _, seconds in row["step_seconds_by_length"])
+    assert row["step_tokens"] == 512
+    # From no other model: none was trained.
+    assert not list(tmp_path.iterdir())
+    told = report([cell.as_row() | row], tmp_path, "x").read_text()
+    # Of lengths that no row has, nothing is said.
+    assert "ms at 256 | ms at 512 |" in told and "1024" not in told
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(SCALES, "tiny", TINY)
+    arguments = ["--scale", "tiny", "--out", str(tmp_path), "--seeds", "1", "--tasks", "time"]
+    arguments += ["--only", "time/full/", "time/window/"]
+    study = Study(TINY, tmp_path, torch.device("cpu"))
+    with claimed(study.lock(Cell(task="time", kind="full")), wait=False) as mine:
+        assert mine
+        command.main(arguments)
+    log = Log(tmp_path / "tiny.jsonl")
+    assert log.done() == {"time/window/seed 0"}
+    command.main(arguments)
+    assert log.done() == {"time/window/seed 0", "time/full/seed 0"}
+    assert len(log.rows()) == 2
+
+
+def test_a_claim_ends_with_its_process_or_its_block(tmp_path):
+    code = "import sys; from pathlib import Path; from benchmarks.quality.claims import claimed\n"
+    code += "with claimed(Path(sys.argv[1]), wait=False) as mine: print(int(mine), flush=True); sys.stdin.read()"
+    path = tmp_path / "deep" / "lock"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin and other.stdout and other.stdout.readline() == "1\n"
+    with claimed(path, wait=False) as mine:
+        assert not mine
+    other.kill()
+    other.communicate()
+    for _ in range(2):
+        with claimed(path, wait=True) as mine:
+            assert mine
 
 
 def test_differences_are_of_the_same_seed():

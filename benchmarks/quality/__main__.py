@@ -4,7 +4,9 @@
     python -m benchmarks.quality --scale gpu --out quality --seconds 540
     python -m benchmarks.quality --scale gpu --out quality --report
 
-Every finished cell is one line of OUT/SCALE.jsonl. The same command, started again, goes on with the next one.
+Every finished cell is one line of OUT/SCALE.jsonl. The same command, started again, goes on with the next one; started
+several times at once (CUDA_VISIBLE_DEVICES=1 ... for a second GPU), each takes cells that no other has taken. Cells of
+the task `time` need a device for themselves, and `text` a model of `short`, which all would wait for: run that first.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality.cells import TASKS, grid
+from benchmarks.quality.claims import claimed
 from benchmarks.quality.log import Log
 from benchmarks.quality.report import report
 from benchmarks.quality.run import Study, run_cell
@@ -33,9 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     scale = SCALES[options.scale]
     scale = replace(scale, seeds=options.seeds or scale.seeds)
-    if scale.name == "gpu" and not torch.cuda.is_available():
-        raise SystemExit("--scale gpu needs a CUDA device, and there is none: use --scale cpu")
-    study = Study(scale, options.out, torch.device("cuda" if scale.name == "gpu" else "cpu"))
+    on_gpu = scale.name.startswith("gpu")
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit(f"--scale {scale.name} needs a CUDA device, and there is none: use --scale cpu")
+    study = Study(scale, options.out, torch.device("cuda" if on_gpu else "cpu"))
     began = time.perf_counter()
     cells = [cell for cell in grid(scale) if cell.task in options.tasks]
     cells = [cell for cell in cells if not options.only or any(word in cell.name for word in options.only)]
@@ -47,10 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
         if expected > left:
             print(f"stopped before {cell.name}: it may take {expected:.0f} s, {left:.0f} s are left", flush=True)
             return
-        started = time.perf_counter()
-        row = run_cell(cell, study)
-        log.add(cell, row, scale.name, study.device, seconds=time.perf_counter() - started)
-        print(f"{cell.name}: {time.perf_counter() - started:.0f} s", flush=True)
+        with claimed(study.lock(cell), wait=False) as mine:
+            if not mine or cell.name in log.done():
+                continue
+            started = time.perf_counter()
+            row = run_cell(cell, study)
+            log.add(cell, row, scale.name, study.device, seconds=time.perf_counter() - started)
+            print(f"{cell.name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:

@@ -9,8 +9,9 @@ from typing import Any, get_args
 from benchmarks.quality.scales import Scale
 from sparsek_dist.config import AttentionConfig, AttentionKind, Gate
 
-TASKS = ("recall", "short", "text", "convert-recall", "convert-text")
-"""`text` goes on from the model of `short`, and a task `convert-..` from the dense model of the task after its name."""
+TASKS = ("recall", "short", "text", "convert-recall", "convert-text", "time")
+"""`text` goes on from the model of `short`, and a task `convert-..` from the dense model of the task after its name.
+`time` is what a step of `text` takes, which only a process with a device for itself can tell."""
 BASELINES: tuple[AttentionKind, ...] = ("full", "window", "sink_window", "random")
 GATES: tuple[Gate, ...] = get_args(Gate)
 STDS = (1.0, 3.0)
@@ -52,7 +53,7 @@ class Cell:
     @property
     def base(self) -> str:
         """The task that is learned: `recall`, `short` or `text`."""
-        return self.task.removeprefix("convert-")
+        return "text" if self.task == "time" else self.task.removeprefix("convert-")
 
     @property
     def source(self) -> Cell | None:
@@ -102,7 +103,7 @@ class Cell:
 def grid(scale: Scale) -> list[Cell]:
     """All cells: the five kinds in every task and seed, then SPARSEK's settings, then targeted questions."""
     cells: dict[str, Cell] = {}
-    for cell in (*_kinds(scale), *_settings(scale), *_questions(scale)):
+    for cell in (*_kinds(scale), *_settings(scale), *_questions(scale), *_times()):
         cells.setdefault(cell.name, cell)
     return list(cells.values())
 
@@ -169,3 +170,9 @@ def _questions(scale: Scale) -> Iterator[Cell]:
         for slope, ratio in ((4.0, 1.0), (16.0, 1 / 64)):
             slopes = {"slope": slope, "slope_ratio": ratio}
             yield Cell(task="text", distilled=True, scorer_rate=10.0, seed=seed, **slopes)
+
+
+def _times() -> Iterator[Cell]:
+    """What the same weights take with every kind, gate and slope."""
+    yield from (Cell(task="time", kind=kind) for kind in BASELINES)
+    yield from (Cell(task="time", gate=gate, slope=slope) for slope in SLOPES for gate in GATES)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.claims import claimed
 
 
 class Log:
@@ -37,10 +38,11 @@ class Log:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         where = {"scale": scale, "device": name, "date": datetime.now(UTC).isoformat(timespec="seconds")} | versions
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._cut()
-        with self.path.open("a") as file:
-            file.write(json.dumps(cell.as_row() | where | {"seconds": seconds} | result) + "\n")
+        # One writer at a time, as what a stop left of a line must not be what another writes.
+        with claimed(self.path.with_suffix(".lock"), wait=True):
+            self._cut()
+            with self.path.open("a") as file:
+                file.write(json.dumps(cell.as_row() | where | {"seconds": seconds} | result) + "\n")
 
     def _cut(self) -> None:
         """Removes what a stop left of a last line."""

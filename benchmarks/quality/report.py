@@ -76,8 +76,9 @@ def _tables(task: str, rows: Sequence[Row], metrics: Sequence[Metric]) -> list[s
 
 
 def _table(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
-    """A row per variant; the first metric also as paired differences to the references."""
+    """A row per variant, of the metrics that one has; the first also as paired differences to the references."""
     groups = by_variant(rows)
+    metrics = [x for x in metrics if any(not math.isnan(x[1](row)) for row in rows)]
     (first, read, digits), *_ = metrics
     headings = ["attention", "seeds", *(f"{first} - {name}" for name in REFERENCES), *(entry[0] for entry in metrics)]
     lines = [_line(headings), _line(["---", *["---:"] * (len(headings) - 1)])]
@@ -113,6 +114,10 @@ def _bits(row: Row) -> float:
 
 def _milliseconds(row: Row) -> float:
     return 1000 * row.get("step_seconds", math.nan)
+
+
+def _step_at(length: int) -> Read:
+    return lambda row: 1000 * dict(map(tuple, row["step_seconds_by_length"])).get(length, math.nan)
 
 
 def _at_distance(index: int) -> Read:
@@ -162,9 +167,10 @@ METRICS: dict[str, list[Metric]] = {
         ("bits per byte", _bits, 4),
         ("last half", _tail, 4),
         ("with less context", _far, 4),
-        *((f"keys at {windows}x", _keys(windows), 2) for windows in (1, 2, 4, 8, 16, 32)),
+        *((f"keys at {windows}x", _keys(windows), 2) for windows in (1, 2, 4, 8, 16, 32, 64)),
         ("ms a step", _milliseconds, 0),
     ],
+    "time": [(f"ms at {2**i}", _step_at(2**i), 0) for i in range(8, 17)],
     "convert-recall": [("accuracy", _accuracy, 3), ("facts kept", _where_kept("kept"), 2)],
     "convert-text": [
         ("lost", less_dense(_bits), 4),

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.quality import recall, text
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.claims import claimed
 from benchmarks.quality.needles import find_keys
 from benchmarks.quality.scales import Scale, Task
 from sparsek_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -32,6 +34,7 @@ from sparsek_dist.training.optim import build_optimizer, learning_rate, set_lear
 
 DISTILLED_BATCHES = 4
 """Last steps of the dense model's training, which scorers are fitted to."""
+TIMED_STEPS = 15
 
 
 @dataclass
@@ -51,11 +54,17 @@ class Study:
 
     def folder(self, dense: Cell) -> Path:
         """Where a model is kept that others start from."""
-        return self.out / f"dense-{dense.task}-{dense.seed}"
+        return self.out / f"dense-{self.scale.name}-{dense.task}-{dense.seed}"
+
+    def lock(self, cell: Cell) -> Path:
+        """What a process holds while it runs the cell."""
+        return self.out / "locks" / self.scale.name / cell.name.replace("/", "-")
 
 
 def run_cell(cell: Cell, study: Study) -> dict[str, Any]:
     """Trains and measures one model; all there is to know about it, fit for JSON."""
+    if cell.task == "time":
+        return step_times(cell, study)
     model, row = trained(cell, study)
     if cell.kind == "full" and not (folder := study.folder(cell)).is_dir():
         keep(model, folder)
@@ -69,13 +78,14 @@ def trained(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
 
     The model that it starts from is trained first, if it is not there yet.
     """
-    if cell.source and not (folder := study.folder(cell.source)).is_dir():
-        keep(trained(cell.source, study)[0], folder)
+    if cell.source:
+        # Whoever trains it now, for its row or to start from it, is waited for.
+        with claimed(study.lock(cell.source), wait=True):
+            if not (folder := study.folder(cell.source)).is_dir():
+                keep(trained(cell.source, study)[0], folder)
     config = configuration(cell, study)
     vocab_size = recall.vocab_size(study.scale.recall) if cell.base == "recall" else text.VOCAB
-    model: Any = build_model(config, Mesh(), vocab_size=vocab_size).to(study.device)
-    if study.device.type == "cuda":
-        model.to(torch.bfloat16)
+    model = _built(config, study, vocab_size)
     if cell.distilled:
         _distil(model, cell, study)
     row: dict[str, Any] = {"parameters": count_parameters(config, vocab_size=vocab_size)}
@@ -84,16 +94,36 @@ def trained(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
     return model.eval(), row
 
 
+def _built(config: Config, study: Study, vocab_size: int) -> Any:
+    model: Any = build_model(config, Mesh(), vocab_size=vocab_size).to(study.device)
+    return model.to(torch.bfloat16) if study.device.type == "cuda" else model
+
+
 def _distil(model: Any, cell: Cell, study: Study) -> None:
-    """Starts the scorers from what the dense model attends to, out of sight, in the contexts that it was trained on."""
+    """Starts the scorers from what the dense model attends to, out of sight, in the contexts that it was trained on.
+
+    One fit serves all cells of one dense model: no gate and no slope changes it.
+    """
     source = cell.source
     assert source is not None
+    window = configuration(cell, study).attention.window
+    path = Path(f"{study.folder(source)}-scorers-{window}-{cell.std:g}.safetensors")
+    with claimed(path.with_suffix(".lock"), wait=True):
+        if not path.is_file():
+            fitted = _fit(cell, source, study, window)
+            unfinished = path.with_suffix(".unfinished")
+            save_file({str(layer): weight.contiguous() for layer, weight in enumerate(fitted)}, unfinished)
+            unfinished.rename(path)
+    weights = load_file(path)
+    start_scorers(model, [weights[str(layer)] for layer in range(len(weights))])
+
+
+def _fit(cell: Cell, source: Cell, study: Study, window: int) -> list[Tensor]:
     dense: Any = build_model(configuration(replace(cell, kind="full"), study), Mesh(), vocab_size=text.VOCAB)
     seen = _batches(source, study)
     steps = study.scale.task(source.base).steps
     batches = [seen(step).input_ids for step in range(max(0, steps - DISTILLED_BATCHES), steps)]
-    window = configuration(cell, study).attention.window
-    start_scorers(model, fit_scorers(dense.to(study.device), batches, window=window, std=cell.std))
+    return fit_scorers(dense.to(study.device), batches, window=window, std=cell.std)
 
 
 def keep(model: Any, folder: Path) -> None:
@@ -191,6 +221,20 @@ def train(model: Any, config: Config, batch_at: Callable[[int], Batch], *, score
         "step_seconds": statistics.median(seconds[5:] or seconds),
         "train_loss": [statistics.mean(curve[i : i + tenth]) for i in range(0, steps, tenth)],
     }
+
+
+def step_times(cell: Cell, study: Study) -> dict[str, Any]:
+    """Median seconds of a step at every length of context of the task, in tokens; all with as many tokens a step."""
+    task = study.scale.task(cell.base)
+    config = replace(configuration(cell, study), model=task.model)
+    model, batch_at = _built(config, study, text.VOCAB), _batches(cell, study)
+    config = replace(config, train=replace(config.train, steps=TIMED_STEPS))
+    found = []
+    for first, length in task.stages:
+        same = [batch_at(first)] * TIMED_STEPS
+        row = train(model, config, same.__getitem__, scorer_rate=1.0)
+        found.append([length, row["step_seconds"]])
+    return {"step_tokens": task.batch * task.length, "step_seconds_by_length": found}
 
 
 def _clock(device: torch.device) -> float:

@@ -1,8 +1,9 @@
-"""How large the study is: sizes for CPUs, and for one GPU. Within one, every kind of attention gets the same."""
+"""How large the study is: sizes for CPUs, and two for a GPU. Within one, every kind of attention gets the same."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from sparsek_dist.config import ModelConfig
 
@@ -25,6 +26,12 @@ class Task:
     eval_contexts: int
     guess_seconds: float
     """What one cell may take, until one was timed; see `--seconds`."""
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """The first step of each length of context, and that length, in tokens."""
+        ends = list(accumulate((steps for _, steps in self.growth), initial=0))
+        return list(zip(ends, [*(length for length, _ in self.growth), self.length], strict=True))
 
     @property
     def distances(self) -> list[int]:
@@ -154,4 +161,33 @@ GPU = Scale(
     seeds=3,
 )
 
-SCALES = {scale.name: scale for scale in (CPU, GPU)}
+_LONG_TEXT = replace(
+    GPU.text,
+    length=65536,
+    window=512,
+    batch=1,
+    steps=500,
+    growth=((2048, 150), (4096, 120), (8192, 90), (16384, 60), (32768, 40)),
+    # Positions that are far apart must differ more slowly.
+    model=replace(GPU.text.model, rope_theta=500000.0, max_positions=65536),
+    eval_contexts=8,
+    guess_seconds=60,
+)
+LONG = replace(
+    GPU,
+    name="gpu-long",
+    short=replace(
+        _LONG_TEXT,
+        length=1024,
+        batch=64,
+        steps=1200,
+        growth=(),
+        learning_rate=1e-3,
+        eval_contexts=128,
+        guess_seconds=100,
+    ),
+    text=_LONG_TEXT,
+)
+"""As `gpu`, with contexts four times as long and twice the budget of visible pairs."""
+
+SCALES = {scale.name: scale for scale in (CPU, GPU, LONG)}
