@@ -174,6 +174,8 @@ class OptimizerConfig:
     """Optimizer from torch.optim; `sgd` (no momentum) serves the tests that compare single steps."""
     learning_rate: float = 3e-3
     """Peak learning rate."""
+    scorer_rate: float = 1.0
+    """The scorers' learning rate, and with it their decay, as a multiple of that of all other weights."""
     final_ratio: float = 0.1
     """Learning rate at the last step, as a share of the peak (cosine decay)."""
     warmup_steps: int = 50

@@ -66,6 +66,7 @@ ABOVE_ZERO = frozenset(
         "model.init_std",
         "model.rope_theta",
         "optimizer.learning_rate",
+        "optimizer.scorer_rate",
         "parallel.timeout_minutes",
     }
 )
@@ -249,6 +250,11 @@ def _rest(config: Config) -> Iterator[str]:
         yield f"tune.parameters = {config.tune.parameters} would leave random weights as they are: set model.source"
     elif config.tune.parameters == "scorer" and config.attention.kind != "sparsek":
         yield f"tune.parameters = scorer leaves nothing to learn with attention.kind = {config.attention.kind}: use all"
+    if config.optimizer.scorer_rate != 1 and (hindrance := _no_scorers_learn(config)):
+        yield (
+            f"optimizer.scorer_rate = {config.optimizer.scorer_rate} changes nothing with {hindrance}, where no scorer "
+            "learns: use 1"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.run.name):
         yield f"run.name = {config.run.name!r} is not a plain folder name: use letters, digits, '.', '_' and '-'"
     if not 0 < config.data.held_out < 1:
@@ -260,6 +266,13 @@ def _rest(config: Config) -> Iterator[str]:
             near = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
             cure = f"did you mean {near[0]}?" if near else f"remove it, or use {', '.join(sorted(DEEPSPEED_KEYS))}"
             yield f"parallel.deepspeed.{key} is derived from other settings or unknown: {cure}"
+
+
+def _no_scorers_learn(config: Config) -> str | None:
+    """The setting that leaves no scorer, or nothing that it could learn from. Every `tune.parameters` trains them."""
+    if config.attention.kind != "sparsek":
+        return f"attention.kind = {config.attention.kind}"
+    return "attention.num_selected = 0" if config.attention.num_selected == 0 else None
 
 
 def divisors(number: int) -> str:

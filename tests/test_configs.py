@@ -66,6 +66,8 @@ WRONG = {
     "parallel.deepspeed={comms_loger: {}}": "did you mean comms_logger?",
     "optimizer.learning_rate=nan": "optimizer.learning_rate = nan is not a finite number",
     "optimizer.learning_rate=-1": "optimizer.learning_rate = -1.0 must be above 0",
+    "optimizer.scorer_rate=0": "optimizer.scorer_rate = 0.0 must be above 0",
+    "optimizer.scorer_rate=inf": "optimizer.scorer_rate = inf is not a finite number",
     "data.held_out=1": "data.held_out = 1.0 must lie between 0 and 1",
     "run.name=../../x": "run.name = '../../x' is not a plain folder name",
     "data=7": "command line: ",
@@ -91,6 +93,20 @@ def test_a_ratio_of_slopes_needs_a_slope():
     assert load(quickstart, ["attention.slope_ratio=0.1"]).attention.score_slope == 1 / 128
     with pytest.raises(ConfigError, match=r"slope_ratio = 0.1 changes nothing at attention.slope = 0: set .* above 0"):
         load(quickstart, ["attention.slope_ratio=0.1", "attention.slope=0"])
+
+
+@pytest.mark.parametrize("idle", ["attention.kind=sink_window", "attention.kind=full", "attention.num_selected=0"])
+def test_a_rate_for_scorers_needs_scorers_that_learn(idle):
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    assert load(quickstart, [idle, "optimizer.scorer_rate=1"]).optimizer.scorer_rate == 1
+    with pytest.raises(ConfigError) as caught:
+        load(quickstart, [idle, "optimizer.scorer_rate=10"])
+    field, value = idle.split("=")
+    told = f"optimizer.scorer_rate = 10.0 changes nothing with {field} = {value}, where no scorer learns: use 1"
+    assert str(caught.value) == told
+    # Whatever is tuned, scorers learn.
+    for parameters in ("all", "scorer", "lora"):
+        load(None, ["model.source=x", f"tune.parameters={parameters}", "optimizer.scorer_rate=10"])
 
 
 def test_full_attention_shares_heads():

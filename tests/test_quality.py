@@ -190,6 +190,7 @@ def test_tuning_has_a_rate_and_a_length_of_its_own(tmp_path):
         assert config.optimizer.learning_rate == pytest.approx(TINY.text.learning_rate * cell.tuning_rate)
         assert config.train.steps == 1
     assert configuration(Cell(task="text"), study).optimizer.learning_rate == TINY.text.learning_rate
+    assert configuration(Cell(task="text", scorer_rate=10.0), study).optimizer.scorer_rate == 10
 
 
 def test_the_grid_holds_every_kind_once_at_equal_budget():
@@ -217,11 +218,11 @@ def test_the_cell_that_is_not_told_otherwise_is_the_default():
 
 
 def test_only_the_scorers_learn_at_their_own_rate():
-    config = Config(model=_SHAPE, optimizer=OptimizerConfig(weight_decay=0.0))
     moved = {}
     for factor in (1.0, 10.0):
+        config = Config(model=_SHAPE, optimizer=OptimizerConfig(weight_decay=0.0, scorer_rate=factor))
         model = build_model(config, Mesh(), vocab_size=9)
-        weights = MasterWeights(model, config, scorer_rate=factor)
+        weights = MasterWeights(model, config)
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         for weight in model.parameters():
             weight.grad = torch.ones_like(weight)
@@ -236,7 +237,7 @@ def test_bfloat16_weights_move_by_less_than_their_spacing():
     config = Config(model=_SHAPE, optimizer=OptimizerConfig(weight_decay=0.0))
     model = build_model(config, Mesh(), vocab_size=9).to(torch.bfloat16)
     weight = model.model.norm.weight
-    weights = MasterWeights(model, config, scorer_rate=1.0)
+    weights = MasterWeights(model, config)
     for _ in range(20):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)

@@ -26,7 +26,6 @@ from sparsek_dist.evaluation.perplexity import BYTES, label_bytes
 from sparsek_dist.models.build import build_model, count_parameters
 from sparsek_dist.models.distill import fit_scorers, start_scorers
 from sparsek_dist.models.observe import observe
-from sparsek_dist.models.pretrained import SCORER
 from sparsek_dist.parallel.head import token_losses
 from sparsek_dist.parallel.loss import count_targets
 from sparsek_dist.parallel.mesh import Mesh, RankGroup
@@ -90,7 +89,7 @@ def trained(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
         _distil(model, cell, study)
     row: dict[str, Any] = {"parameters": count_parameters(config, vocab_size=vocab_size)}
     if config.train.steps > 0:
-        row |= train(model, config, _batches(cell, study), scorer_rate=cell.scorer_rate)
+        row |= train(model, config, _batches(cell, study))
     return model.eval(), row
 
 
@@ -146,7 +145,7 @@ def configuration(cell: Cell, study: Study) -> Config:
         model=model,
         attention=cell.attention(task.window),
         data=DataConfig(sequence_length=task.length),
-        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=steps // 10),
+        optimizer=OptimizerConfig(learning_rate=rate, warmup_steps=steps // 10, scorer_rate=cell.scorer_rate),
         train=TrainConfig(steps=steps, micro_batch_size=task.batch),
     )
 
@@ -164,12 +163,9 @@ def _batches(cell: Cell, study: Study) -> Callable[[int], Batch]:
 class MasterWeights:
     """The optimizer over float32 copies of the weights: bfloat16 ones could not move by less than their spacing."""
 
-    def __init__(self, model: Any, config: Config, *, scorer_rate: float) -> None:
+    def __init__(self, model: Any, config: Config) -> None:
         self.optimizer = build_optimizer(model, config.optimizer)
         self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        scorers = {id(weight) for name, weight in model.named_parameters() if SCORER in name}
-        # Updates of the scorers are scaled after the step, which needs no groups of their own.
-        self.rates = [scorer_rate if id(weight) in scorers else 1.0 for weight in self.weights]
         self.masters = [weight.detach().float().clone() for weight in self.weights]
         copies = {id(weight): master for weight, master in zip(self.weights, self.masters, strict=True)}
         for group in self.optimizer.param_groups:
@@ -181,16 +177,13 @@ class MasterWeights:
             master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
             weight.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters, clip_norm)
-        before = [None if rate == 1 else master.clone() for rate, master in zip(self.rates, self.masters, strict=True)]
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
-        for weight, master, old, factor in zip(self.weights, self.masters, before, self.rates, strict=True):
-            if old is not None:
-                master.copy_(old + factor * (master - old))
+        for weight, master in zip(self.weights, self.masters, strict=True):
             weight.copy_(master)
 
 
-def train(model: Any, config: Config, batch_at: Callable[[int], Batch], *, scorer_rate: float) -> dict[str, Any]:
+def train(model: Any, config: Config, batch_at: Callable[[int], Batch]) -> dict[str, Any]:
     """Trains `model` in place.
 
     Returns:
@@ -198,7 +191,7 @@ def train(model: Any, config: Config, batch_at: Callable[[int], Batch], *, score
         neighbours do not count), and the mean loss over tenths of the training, in nats per target.
     """
     device, steps = model.device, config.train.steps
-    weights = MasterWeights(model, config, scorer_rate=scorer_rate)
+    weights = MasterWeights(model, config)
     model.train()
     losses: list[Tensor] = []
     seconds: list[float] = []

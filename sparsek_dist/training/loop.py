@@ -172,11 +172,13 @@ def _require_finite(name: str, value: float, step: int) -> None:
 
 def _record(run: Run, position: Position, outcome: StepOutcome, seconds: float) -> dict[str, float | int]:
     """The step's line in metrics.jsonl; losses in nats, memory in bytes on this rank."""
+    rate, scorer_rate = learning_rate(position.step - 1, run.config), run.config.optimizer.scorer_rate
     return {
         "tokens": position.tokens,
         "loss": outcome.loss,
         "bits_per_byte": outcome.loss / math.log(2) / run.bytes_per_target,
-        "lr": learning_rate(position.step - 1, run.config),
+        "lr": rate,
+        **({"scorer_lr": rate * scorer_rate} if scorer_rate != 1 else {}),
         "grad_norm": outcome.grad_norm,
         "tokens_per_second": outcome.tokens / seconds,
         "memory": peak_memory(run.engine.device),

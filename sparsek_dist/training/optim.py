@@ -7,7 +7,11 @@ import math
 import torch
 from torch import nn
 
+from sparsek_dist.attention.scorer import ScoringNetwork
 from sparsek_dist.config import Config, OptimizerConfig
+
+FACTOR = "lr_factor"
+"""In a group that learns at a rate of its own: what the learning rate is multiplied by. Checkpoints hold it, too."""
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -28,34 +32,45 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Sets it on every group."""
+    """Sets it on every group, times the factor of those that have one."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get(FACTOR, 1.0)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay; vectors (norms, biases, scores) and embeddings without.
+def parameter_groups(model: nn.Module, weight_decay: float, scorer_rate: float = 1.0) -> list[dict]:
+    """Matrices (those of the scorers, too) with weight decay; vectors (norms, biases) and embeddings without.
 
-    A matrix that is tied to an embedding counts as the embedding. Empty groups are left out.
+    A matrix that is tied to an embedding counts as the embedding. Scorers have groups of their own, behind the others,
+    only if their rate is another: so checkpoints of before there was one are continued. Empty groups are left out.
     """
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 and id(parameter) not in embeddings else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    embeddings = _parameters_of(model, nn.Embedding)
+    apart = _parameters_of(model, ScoringNetwork) if scorer_rate != 1 else set()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = []
+    for members, factor in (
+        ([x for x in learning if id(x) not in apart], {}),
+        ([x for x in learning if id(x) in apart], {FACTOR: scorer_rate}),
+    ):
+        decayed = [x for x in members if x.ndim > 1 and id(x) not in embeddings]
+        plain = [x for x in members if x.ndim <= 1 or id(x) in embeddings]
+        groups += [{"params": decayed, "weight_decay": weight_decay} | factor]
+        groups += [{"params": plain, "weight_decay": 0.0} | factor]
     return [group for group in groups if group["params"]]
+
+
+def _parameters_of(model: nn.Module, kind: type[nn.Module]) -> set[int]:
+    """Identities of the parameters that modules of this kind hold themselves."""
+    modules = [module for module in model.modules() if isinstance(module, kind)]
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
     """The torch optimizer that DeepSpeed wraps. Without momentum, the decay of SGD is the decoupled one, as AdamW's."""
-    groups = parameter_groups(model, settings.weight_decay)
+    groups = parameter_groups(model, settings.weight_decay, settings.scorer_rate)
+    optimizer: torch.optim.Optimizer
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+        optimizer = torch.optim.SGD(groups, lr=settings.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+    set_learning_rate(optimizer, settings.learning_rate)
+    return optimizer

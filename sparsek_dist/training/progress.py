@@ -40,8 +40,9 @@ class Progress:
         # The mean over the whole run: evaluations and checkpoints are part of the time that remains.
         pace = (now - self._began) / max(1, step - self._first)
         remaining = timedelta(seconds=math.ceil(pace * (self.steps - step)))
+        scorers = f" ({record['scorer_lr']:.2e} of the scorers)" if "scorer_lr" in record else ""
         return (
             f"step {step}/{self.steps}: loss {record['loss']:.4f}, {record['bits_per_byte']:.4f} bits per byte, "
-            f"learning rate {record['lr']:.2e}, gradient norm {record['grad_norm']:.3f}, "
+            f"learning rate {record['lr']:.2e}{scorers}, gradient norm {record['grad_norm']:.3f}, "
             f"{record['tokens_per_second']:,.0f} tokens/s, {remaining} to go"
         )

@@ -345,6 +345,7 @@ def test_abandoned_attempt_is_replaced(saved) -> None:
         ("model", {"hidden_size": 256}, "model.hidden_size: 128 -> 256"),
         ("data", {"sequence_length": 32}, "data.sequence_length: 16 -> 32"),
         ("optimizer", {"betas": (0.9, 0.99)}, r"optimizer.betas: \[0.9, 0.95\] -> \[0.9, 0.99\]"),
+        ("optimizer", {"scorer_rate": 10.0}, "optimizer.scorer_rate: 1.0 -> 10.0"),
         ("run", {"seed": 1}, "run.seed: 0 -> 1"),
         ("parallel", {"zero_stage": 1}, "parallel.zero_stage: 0 -> 1"),
     ],

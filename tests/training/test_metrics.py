@@ -82,8 +82,23 @@ def test_progress(caplog) -> None:
             progress.step(step, record)
         progress.step(51, record | {"held_out/loss": 3.0, "held_out/bits_per_byte": 4.0})
     assert [line.split(":")[0] for line in caplog.messages] == ["step 41/100", "step 50/100", "step 51"]
+    assert "learning rate 1.00e-03, gradient norm" in caplog.messages[0]
     # Ten steps took 30 s, fifty remain.
     assert caplog.messages[1].endswith("1,234 tokens/s, 0:02:30 to go")
+
+
+def test_progress_tells_the_rate_of_scorers_where_it_is_another(caplog) -> None:
+    record = {
+        "loss": 2.0,
+        "bits_per_byte": 2.9,
+        "lr": 1e-3,
+        "scorer_lr": 1e-2,
+        "grad_norm": 0.5,
+        "tokens_per_second": 1,
+    }
+    with caplog.at_level(logging.INFO):
+        Progress(9, 1).step(1, record)
+    assert "learning rate 1.00e-03 (1.00e-02 of the scorers), gradient norm" in caplog.text
 
 
 def test_run_folder_explains_itself(tmp_path, capsys) -> None:

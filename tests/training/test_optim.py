@@ -46,6 +46,38 @@ def test_groups() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
 
 
+@pytest.mark.parametrize("rate", [1.0, 10.0])
+def test_scorers_have_a_group_only_for_a_rate_of_their_own(rate) -> None:
+    model = seeded_model(scored=True)
+    decayed, plain, *apart = parameter_groups(model, 0.3, rate)
+    matrices = [model.hidden.weight, model.head.weight] + ([model.scorer.weight] if rate == 1 else [])
+    assert [id(p) for p in decayed["params"]] == [id(p) for p in matrices]
+    assert decayed.keys() == plain.keys() == {"params", "weight_decay"}
+    if rate == 1:
+        assert not apart
+        return
+    (scorers,) = apart
+    assert [id(p) for p in scorers["params"]] == [id(model.scorer.weight)]
+    assert scorers["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_rate_of_their_own_stays_a_multiple(name) -> None:
+    settings = OptimizerConfig(name=name, learning_rate=0.5, scorer_rate=10.0)
+    optimizer = build_optimizer(seeded_model(scored=True), settings)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 5.0]
+    set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125, 1.25]
+
+
+def test_nothing_but_scorers_may_learn() -> None:
+    model = seeded_model(scored=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "scorer.weight")
+    optimizer = build_optimizer(model, OptimizerConfig(learning_rate=0.5, scorer_rate=10.0))
+    assert [group["lr"] for group in optimizer.param_groups] == [5.0]
+
+
 def test_tied_matrix_counts_as_embedding() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight

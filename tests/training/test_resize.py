@@ -51,7 +51,8 @@ def _config(stage: int, world_size: int, degree: int, precision: str):
         steps=STEPS,
         precision=precision,
     )
-    return replace(config, optimizer=replace(config.optimizer, weight_decay=5.0))
+    # Three groups, each with settings of its own.
+    return replace(config, optimizer=replace(config.optimizer, weight_decay=5.0, scorer_rate=2.0))
 
 
 def _export(state: dict, folder: Path) -> None:
@@ -64,7 +65,7 @@ def _run(config, mesh, folder: Path, *, resume: bool) -> tuple[list[float], dict
 
     checkpoints = Checkpoints(folder / "checkpoints", config, mesh, _export)
     found = checkpoints.find() if resume else None
-    engine = build_engine(seeded_model(), config, mesh)
+    engine = build_engine(seeded_model(scored=True), config, mesh)
     position = checkpoints.restore(engine, found) if found else Position()
     assert position.step == (SAVED if resume else 0)
     losses = []
@@ -76,8 +77,8 @@ def _run(config, mesh, folder: Path, *, resume: bool) -> tuple[list[float], dict
         losses.append(outcome.loss)
         if position.step == SAVED:
             checkpoints.save(engine, position)
-    decay = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    assert decay == [5.0, 0.0], decay
+    groups = [(group["weight_decay"], group.get("lr_factor")) for group in engine.optimizer.param_groups]
+    assert groups == [(5.0, None), (0.0, None), (5.0, 2.0)], groups
     weights = gather_weights(engine, mesh)
     engine.destroy()
     return losses, weights

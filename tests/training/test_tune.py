@@ -43,7 +43,13 @@ def settings(tmp_path) -> str:
 def test_tuning_from_a_dense_folder_and_out_again(settings, tmp_path, parameters, stage, capsys):
     if parameters == "lora":
         pytest.importorskip("peft")
-    words = (settings, f"tune.parameters={parameters}", f"parallel.zero_stage={stage}", "model.rope=yarn")
+    words = (
+        settings,
+        f"tune.parameters={parameters}",
+        f"parallel.zero_stage={stage}",
+        "model.rope=yarn",
+        "optimizer.scorer_rate=10",
+    )
     first = _sparsek("train", *words)
     assert first.returncode == 0, first.stderr
     if parameters == "lora":
@@ -53,6 +59,8 @@ def test_tuning_from_a_dense_folder_and_out_again(settings, tmp_path, parameters
     run, out = tmp_path / "runs" / "tuned", tmp_path / "out"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == (3 if parameters == "lora" else 2) and lines[0]["grad_norm"] > 0
+    assert [line["scorer_lr"] for line in lines] == pytest.approx([10 * line["lr"] for line in lines])
+    assert "learning rate 5.00e-02 (5.00e-01 of the scorers)" in first.stdout
     assert main(["export", str(run), "--out", str(out)]) == 0
     tuned, dense = load_pretrained(out), AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert tuned.config.rope_parameters["rope_type"] == "yarn"

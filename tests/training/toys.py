@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from sparsek_dist.attention.scorer import ScoringNetwork
 from sparsek_dist.config import (
     Config,
     DataConfig,
@@ -39,21 +40,27 @@ class Batch:
 
 
 class ToyModel(nn.Module):
-    """Each token predicts the next from itself and its position: no communication between shards."""
+    """Each token predicts the next from itself and its position: no communication between shards.
 
-    def __init__(self, *, dropout: float = 0.0) -> None:
+    If `scored`, a scorer says how much of the token is seen.
+    """
+
+    def __init__(self, *, dropout: float = 0.0, scored: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 8)
         self.position = nn.Parameter(torch.ones(8))
         self.hidden = nn.Linear(8, 12)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(12, VOCABULARY, bias=False)
+        self.scorer = ScoringNetwork(8, 2, std=1.0, slope=0.0) if scored else None
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Output:
         x = self.embed(input_ids)
+        if self.scorer is not None:
+            x = x * self.scorer(x, position_ids).sigmoid().sum(dim=-1, keepdim=True).to(x.dtype)
         phase = torch.sin(position_ids.to(x.dtype) / 3).unsqueeze(-1)
         return Output(self.head(self.dropout(torch.tanh(self.hidden(x + self.position * phase)))))
 
@@ -85,10 +92,10 @@ def toy_config(*, zero_stage: int = 0, sequence_degree: int = 1, **train) -> Con
     return replace(config, train=TrainConfig(**({"steps": 6} | train)))
 
 
-def seeded_model(seed: int = 5, *, dropout: float = 0.0, scale: float = 1.0) -> ToyModel:
+def seeded_model(seed: int = 5, *, dropout: float = 0.0, scale: float = 1.0, scored: bool = False) -> ToyModel:
     """The same weights for the same seed; `scale` multiplies those of the head, and so the gradients of the rest."""
     torch.manual_seed(seed)
-    model = ToyModel(dropout=dropout)
+    model = ToyModel(dropout=dropout, scored=scored)
     with torch.no_grad():
         model.head.weight *= scale
     return model
