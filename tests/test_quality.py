@@ -21,9 +21,10 @@ from benchmarks.quality.log import Log
 from benchmarks.quality.needles import write_keys
 from benchmarks.quality.plots import FIRST_POSITION, plot_convert, plot_text
 from benchmarks.quality.report import report
-from benchmarks.quality.run import MasterWeights, Study, configuration, run_cell, trained
+from benchmarks.quality.run import Study, configuration, run_cell, trained
 from benchmarks.quality.scales import CPU, GPU, SCALES
 from benchmarks.quality.summary import less_dense, mean_error, paired, with_dense
+from benchmarks.quality.train import MasterWeights
 from sparsek_dist.config import AttentionConfig, Config, ModelConfig, OptimizerConfig
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.models.build import build_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from benchmarks.quality.cells import Cell
 from benchmarks.quality.claims import claimed
 from benchmarks.quality.needles import find_keys
 from benchmarks.quality.scales import Scale, Task
+from benchmarks.quality.train import train
 from sparsek_dist.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from sparsek_dist.data.loader import Batch
 from sparsek_dist.evaluation.context import as_row, measure
@@ -26,10 +26,7 @@ from sparsek_dist.evaluation.perplexity import BYTES, label_bytes
 from sparsek_dist.models.build import build_model, count_parameters
 from sparsek_dist.models.distill import fit_scorers, start_scorers
 from sparsek_dist.models.observe import observe
-from sparsek_dist.parallel.head import token_losses
-from sparsek_dist.parallel.loss import count_targets
 from sparsek_dist.parallel.mesh import Mesh, RankGroup
-from sparsek_dist.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 DISTILLED_BATCHES = 4
 """Last steps of the dense model's training, which scorers are fitted to."""
@@ -160,62 +157,6 @@ def _batches(cell: Cell, study: Study) -> Callable[[int], Batch]:
     return lambda step: training(step + past)
 
 
-class MasterWeights:
-    """The optimizer over float32 copies of the weights: bfloat16 ones could not move by less than their spacing."""
-
-    def __init__(self, model: Any, config: Config) -> None:
-        self.optimizer = build_optimizer(model, config.optimizer)
-        self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        self.masters = [weight.detach().float().clone() for weight in self.weights]
-        copies = {id(weight): master for weight, master in zip(self.weights, self.masters, strict=True)}
-        for group in self.optimizer.param_groups:
-            group["params"] = [copies[id(weight)] for weight in group["params"]]
-
-    @torch.no_grad()
-    def step(self, rate: float, clip_norm: float) -> None:
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()
-            weight.grad = None
-        torch.nn.utils.clip_grad_norm_(self.masters, clip_norm)
-        set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.copy_(master)
-
-
-def train(model: Any, config: Config, batch_at: Callable[[int], Batch]) -> dict[str, Any]:
-    """Trains `model` in place.
-
-    Returns:
-        Steps, tokens, the median seconds of a step after the first five (of this process's CPU time on CPUs, so that
-        neighbours do not count), and the mean loss over tenths of the training, in nats per target.
-    """
-    device, steps = model.device, config.train.steps
-    weights = MasterWeights(model, config)
-    model.train()
-    losses: list[Tensor] = []
-    seconds: list[float] = []
-    tokens = 0
-    for step in range(steps):
-        batch = batch_at(step).to(device)
-        began = _clock(device)
-        nats = token_losses(model, batch.input_ids, batch.position_ids, batch.labels).sum()
-        loss = nats / count_targets(batch.labels).clamp_min(1).float()
-        loss.backward()
-        weights.step(learning_rate(step, config), config.optimizer.clip_norm)
-        losses.append(loss.detach())
-        tokens += batch.input_ids.numel()
-        seconds.append(_clock(device) - began)
-    curve = torch.stack(losses).tolist()
-    tenth = max(1, steps // 10)
-    return {
-        "steps": steps,
-        "tokens": tokens,
-        "step_seconds": statistics.median(seconds[5:] or seconds),
-        "train_loss": [statistics.mean(curve[i : i + tenth]) for i in range(0, steps, tenth)],
-    }
-
-
 def step_times(cell: Cell, study: Study) -> dict[str, Any]:
     """Median seconds of a step at every length of context of the task, in tokens; all with as many tokens a step."""
     task = study.scale.task(cell.base)
@@ -225,16 +166,9 @@ def step_times(cell: Cell, study: Study) -> dict[str, Any]:
     found = []
     for first, length in task.stages:
         same = [batch_at(first)] * TIMED_STEPS
-        row = train(model, config, same.__getitem__, scorer_rate=1.0)
+        row = train(model, config, same.__getitem__)
         found.append([length, row["step_seconds"]])
     return {"step_tokens": task.batch * task.length, "step_seconds_by_length": found}
-
-
-def _clock(device: torch.device) -> float:
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _measure_recall(model: Any, task: Task) -> dict[str, Any]:
