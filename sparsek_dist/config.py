@@ -175,7 +175,10 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     """Peak learning rate."""
     scorer_rate: float = 1.0
-    """The scorers' learning rate, and with it their decay, as a multiple of that of all other weights."""
+    """The scorers' learning rate, and with it their decay, as a multiple of that of all other weights [ours].
+
+    Refused if it is not 1 where no scorer learns. Logged as `scorer_lr`.
+    """
     final_ratio: float = 0.1
     """Learning rate at the last step, as a share of the peak (cosine decay)."""
     warmup_steps: int = 50

@@ -272,7 +272,12 @@ def _no_scorers_learn(config: Config) -> str | None:
     """The setting that leaves no scorer, or nothing that it could learn from. Every `tune.parameters` trains them."""
     if config.attention.kind != "sparsek":
         return f"attention.kind = {config.attention.kind}"
-    return "attention.num_selected = 0" if config.attention.num_selected == 0 else None
+    if config.attention.num_selected == 0:
+        return "attention.num_selected = 0"
+    visible = config.attention.num_selected + config.attention.window
+    if config.data.sequence_length <= visible:
+        return f"data.sequence_length = {config.data.sequence_length}, all of it visible (k + w = {visible})"
+    return None
 
 
 def divisors(number: int) -> str:

@@ -104,6 +104,13 @@ def test_a_rate_for_scorers_needs_scorers_that_learn(idle):
     field, value = idle.split("=")
     told = f"optimizer.scorer_rate = 10.0 changes nothing with {field} = {value}, where no scorer learns: use 1"
     assert str(caught.value) == told
+    # Contexts that are all visible teach scorers nothing.
+    seen = ["data.sequence_length=64", "attention.num_selected=32", "attention.window=32", "optimizer.scorer_rate=10"]
+    with pytest.raises(
+        ConfigError, match=r"with data.sequence_length = 64, all of it visible \(k \+ w = 64\), where no"
+    ):
+        load(quickstart, seen)
+    load(quickstart, [*seen, "attention.window=16"])
     # Whatever is tuned, scorers learn.
     for parameters in ("all", "scorer", "lora"):
         load(None, ["model.source=x", f"tune.parameters={parameters}", "optimizer.scorer_rate=10"])

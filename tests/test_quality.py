@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import recall, run, text
-from benchmarks.quality.cells import BASELINES, TASKS, Cell, grid
+from benchmarks.quality.cells import BASELINES, GATES, TASKS, Cell, grid
 from benchmarks.quality.claims import claimed
 from benchmarks.quality.log import Log
 from benchmarks.quality.needles import write_keys
 from benchmarks.quality.plots import FIRST_POSITION, plot_convert, plot_text
 from benchmarks.quality.report import report
-from benchmarks.quality.run import Study, configuration, run_cell, trained
+from benchmarks.quality.run import Study, configuration, prepare, run_cell, trained
 from benchmarks.quality.scales import CPU, GPU, SCALES
 from benchmarks.quality.summary import less_dense, mean_error, paired, with_dense
 from benchmarks.quality.train import MasterWeights
@@ -139,6 +145,7 @@ def test_short_contexts_are_the_same_task_for_every_kind(kind, tmp_path):
     for scale in SCALES.values():
         assert scale.short.length <= 2 * scale.short.window and scale.short.window == scale.text.window
     study = Study(TINY, tmp_path, torch.device("cpu"))
+    prepare(Cell(task="text", kind="full"), study)
     dense, _ = trained(Cell(task="text", kind="full"), study)
     model: torch.nn.Module = build_model(
         configuration(Cell(task="text", kind=kind, gate="key_value", slope=4.0), study), Mesh(), vocab_size=text.VOCAB
@@ -155,32 +162,37 @@ def test_short_contexts_are_the_same_task_for_every_kind(kind, tmp_path):
 
 def test_distilled_scorers_start_elsewhere_and_all_else_where_it_was(tmp_path):
     study = Study(replace(TINY, shares=(0.0,)), tmp_path, torch.device("cpu"))
-    plain, fitted = (
-        trained(Cell(task="convert-text", share=0.0, distilled=distilled), study)[0].state_dict()
-        for distilled in (False, True)
-    )
+    states = []
+    for distilled in (False, True):
+        cell = Cell(task="convert-text", share=0.0, distilled=distilled)
+        prepare(cell, study)
+        states.append(trained(cell, study)[0].state_dict())
+    plain, fitted = states
     assert {name for name in plain if not torch.equal(plain[name], fitted[name])} == {
         name for name in plain if ".scorer." in name
     }
 
 
-def test_scorers_are_fitted_to_the_last_contexts_of_the_dense_model(monkeypatch, tmp_path):
+def test_scorers_are_fitted_once_to_the_last_contexts_of_the_dense_model(monkeypatch, tmp_path):
     seen: list[tuple[str, int]] = []
-    monkeypatch.setattr(run, "_batches", lambda cell, _: lambda step: seen.append((cell.task, step)) or _EMPTY)
-    monkeypatch.setattr(run, "build_model", lambda *_, **__: torch.nn.Linear(1, 1))
     fitted = [torch.randn(2, 3), torch.randn(2, 3)]
-    started: list[torch.Tensor] = []
+    monkeypatch.setattr(run, "_batches", lambda cell, _: lambda step: seen.append((cell.task, step)) or _EMPTY)
+    monkeypatch.setattr(run, "_dense", lambda *_: (torch.nn.Linear(1, 1), {}))
     monkeypatch.setattr(run, "fit_scorers", lambda *_, **__: fitted)
-    monkeypatch.setattr(run, "start_scorers", lambda _, weights: started.extend(weights))
     study = Study(replace(TINY, text=replace(TINY.text, steps=9)), tmp_path, torch.device("cpu"))
-    for gate in ("value", "key_value"):
-        run._distil(None, Cell(task="convert-text", distilled=True, gate=gate), study)
-    # Once for both.
+    for seed in range(2):
+        study.folder(Cell(task="text", kind="full", seed=seed)).mkdir()
+    for gate in GATES:
+        cell = Cell(task="convert-text", distilled=True, gate=gate)
+        # What a stop left of a fit is not taken for one.
+        run._fit_path(cell, study).with_suffix(".unfinished").write_text("half of it")
+        prepare(cell, study)
+        weights = load_file(run._fit_path(cell, study))
+        assert all(torch.equal(weights[str(layer)], weight) for layer, weight in enumerate(fitted))
     assert seen == [("text", step) for step in (5, 6, 7, 8)]
-    assert all(torch.equal(x, y) for x, y in zip(started, fitted * 2, strict=True))
     # Other scores are another fit, and so is another seed.
-    run._distil(None, Cell(task="convert-text", distilled=True, std=3.0), study)
-    run._distil(None, Cell(task="convert-text", distilled=True, seed=1), study)
+    prepare(Cell(task="convert-text", distilled=True, std=3.0), study)
+    prepare(Cell(task="convert-text", distilled=True, seed=1), study)
     assert len(seen) == 12
 
 
@@ -262,10 +274,12 @@ def test_a_study_stops_goes_on_and_reports(monkeypatch, tmp_path, capsys):
     command.main(arguments)
     assert log.path.read_text().startswith(before)
     rows = {row["name"]: row for row in log.rows()}
-    assert len(rows) == len(log.rows()) == 4 + 1 + 4 + 2 * 3 * 2 + 4
+    assert len(rows) == len(log.rows()) == 4 + 1 + 4 + 2 * 3 * 2
     untuned = rows["convert-text/random/0/seed 0"]
     assert "steps" not in untuned and rows["convert-text/random/0.5/seed 0"]["steps"] == 1
     assert all(math.isfinite(row["bits_per_byte"]) for row in rows.values() if "text" in row["task"])
+    # What must have a device for itself is run where it is named.
+    command.main([*arguments, "--tasks", "time"])
     command.main([*arguments, "--report", "--name", "told"])
     told = (tmp_path / "told.md").read_text()
     assert "sparsek, straight_through, std 1 | 1 |" in told
@@ -303,6 +317,41 @@ def test_a_cell_that_another_process_runs_is_left_to_it(monkeypatch, tmp_path, c
     assert len(log.rows()) == 2
 
 
+def test_a_row_that_another_process_wrote_meanwhile_is_not_made_again(monkeypatch, tmp_path):
+    monkeypatch.setitem(SCALES, "tiny", TINY)
+    log, cell = Log(tmp_path / "tiny.jsonl"), Cell(task="time", kind="window")
+
+    @contextmanager
+    def claimed_late(path, *, wait):
+        # Whoever had the cell has just finished it.
+        if not log.done():
+            log.add(cell, {}, "tiny", torch.device("cpu"), seconds=1.0)
+        yield True
+
+    monkeypatch.setattr(command, "claimed", claimed_late)
+    command.main(["--scale", "tiny", "--out", str(tmp_path), "--tasks", "time", "--only", "time/window/"])
+    assert [row["name"] for row in log.rows()] == [cell.name]
+
+
+def test_what_a_cell_starts_from_and_the_log_are_waited_for(monkeypatch, tmp_path):
+    study, cell = Study(TINY, tmp_path, torch.device("cpu")), Cell(task="convert-recall", kind="window")
+    log = Log(tmp_path / "tiny.jsonl")
+    source = cell.source
+    assert source
+    monkeypatch.setattr(run, "_dense", lambda cell, study: study.folder(cell).mkdir())
+    for lock, work, there in (
+        (study.lock(source), lambda: prepare(cell, study), study.folder(source)),
+        (log.path.with_suffix(".lock"), lambda: log.add(cell, {}, "", study.device, seconds=1), log.path),
+    ):
+        other = threading.Thread(target=work)
+        with claimed(lock, wait=True):
+            other.start()
+            other.join(timeout=1)
+            assert other.is_alive() and not there.exists()
+        other.join(timeout=60)
+        assert there.exists()
+
+
 def test_a_claim_ends_with_its_process_or_its_block(tmp_path):
     code = "import sys; from pathlib import Path; from benchmarks.quality.claims import claimed\n"
     code += "with claimed(Path(sys.argv[1]), wait=False) as mine: print(int(mine), flush=True); sys.stdin.read()"
@@ -315,9 +364,18 @@ def test_a_claim_ends_with_its_process_or_its_block(tmp_path):
         assert not mine
     other.kill()
     other.communicate()
-    for _ in range(2):
-        with claimed(path, wait=True) as mine:
+    with claimed(path, wait=True):
+        # It inherits the open file, and is still there after the block.
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with claimed(path, wait=False) as mine:
             assert mine
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_differences_are_of_the_same_seed():
@@ -370,10 +428,18 @@ def test_converted_models_are_compared_with_the_dense_ones_that_they_were():
     assert list(axes.lines[0].get_ydata()) == pytest.approx([10.0 / 3, 10.0 / 3])
 
 
-def test_a_dense_model_is_trained_where_it_is_missing(tmp_path):
+def test_a_dense_model_is_trained_where_it_is_missing_and_its_row_tells_of_the_same(tmp_path):
     study = Study(TINY, tmp_path, torch.device("cpu"))
     cell = Cell(task="convert-recall", kind="window", share=0.5)
     row = run_cell(cell, study)
     assert row["steps"] == 1
-    assert json.loads((study.folder(cell.source) / "config.json").read_text())["model_type"] == "llama"
+    assert cell.source
+    folder = study.folder(cell.source)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert report([cell.as_row() | row], tmp_path, "x").is_file()
+    # Its own row, made later: of what the other started from, not of one trained anew.
+    weights = folder / "model.safetensors"
+    save_file({name: torch.zeros_like(x) for name, x in load_file(weights).items()}, weights, {"format": "pt"})
+    dense = run_cell(cell.source, study)
+    assert dense["loss"] == pytest.approx(math.log(recall.vocab_size(TINY.recall)))
+    assert dense["steps"] == TINY.recall.steps and len(dense["train_loss"]) > 0

@@ -5,8 +5,9 @@
     python -m benchmarks.quality --scale gpu --out quality --report
 
 Every finished cell is one line of OUT/SCALE.jsonl. The same command, started again, goes on with the next one; started
-several times at once (CUDA_VISIBLE_DEVICES=1 ... for a second GPU), each takes cells that no other has taken. Cells of
-the task `time` need a device for themselves, and `text` a model of `short`, which all would wait for: run that first.
+several times at once (CUDA_VISIBLE_DEVICES=1 ... for a second GPU), each takes cells that no other has taken. `text`
+needs a model of `short`, which all would wait for: run that first. The task `time`, which is run only when it is named,
+needs a device for itself.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.quality.cells import TASKS, grid
+from benchmarks.quality.cells import TASKS, Cell, grid
 from benchmarks.quality.claims import claimed
 from benchmarks.quality.log import Log
 from benchmarks.quality.report import report
-from benchmarks.quality.run import Study, run_cell
+from benchmarks.quality.run import Study, prepare, run_cell
 from benchmarks.quality.scales import SCALES
 
 
@@ -36,35 +38,60 @@ def main(arguments: list[str] | None = None) -> None:
         return
     scale = SCALES[options.scale]
     scale = replace(scale, seeds=options.seeds or scale.seeds)
-    on_gpu = scale.name.startswith("gpu")
-    if on_gpu and not torch.cuda.is_available():
+    if scale.on_gpu and not torch.cuda.is_available():
         raise SystemExit(f"--scale {scale.name} needs a CUDA device, and there is none: use --scale cpu")
-    study = Study(scale, options.out, torch.device("cuda" if on_gpu else "cpu"))
-    began = time.perf_counter()
+    study = Study(scale, options.out, torch.device("cuda" if scale.on_gpu else "cpu"))
     cells = [cell for cell in grid(scale) if cell.task in options.tasks]
     cells = [cell for cell in cells if not options.only or any(word in cell.name for word in options.only)]
-    todo = [cell for cell in cells if cell.name not in log.done()]
-    print(f"{len(cells)} cells, {len(todo)} to do", flush=True)
-    for cell in todo:
-        left = options.seconds - (time.perf_counter() - began)
-        expected = log.expected_seconds(cell, scale.task(cell.base).guess_seconds)
-        if expected > left:
-            print(f"stopped before {cell.name}: it may take {expected:.0f} s, {left:.0f} s are left", flush=True)
-            return
+    print(f"{len(cells)} cells, {len(_not_done(cells, log))} to do", flush=True)
+    end = time.perf_counter() + options.seconds
+    # Again, as what another process had taken may be left by it, or have been taken as a start for others only.
+    while (todo := _not_done(cells, log)) and _run_free(todo, study, log, end):
+        pass
+    if left := _not_done(cells, log):
+        print(f"{len(left)} cells are not done, such as {left[0].name}: start again for those", flush=True)
+
+
+def _not_done(cells: Sequence[Cell], log: Log) -> list[Cell]:
+    done = log.done()
+    return [cell for cell in cells if cell.name not in done]
+
+
+def _run_free(cells: Sequence[Cell], study: Study, log: Log, end: float) -> bool:
+    """Runs the cells that no other process has, until time is up; whether there were any, and time for all."""
+    ran = False
+    for cell in cells:
         with claimed(study.lock(cell), wait=False) as mine:
             if not mine or cell.name in log.done():
                 continue
+            if not _fits(cell, study, log, end):
+                return False
+            # That may take time of its own, or wait for somebody else's.
+            prepare(cell, study)
+            if not _fits(cell, study, log, end):
+                return False
             started = time.perf_counter()
             row = run_cell(cell, study)
-            log.add(cell, row, scale.name, study.device, seconds=time.perf_counter() - started)
-            print(f"{cell.name}: {time.perf_counter() - started:.0f} s", flush=True)
+            seconds = time.perf_counter() - started
+            log.add(cell, row, study.scale.name, study.device, seconds=seconds)
+            print(f"{cell.name}: {seconds:.0f} s", flush=True)
+            ran = True
+    return ran
+
+
+def _fits(cell: Cell, study: Study, log: Log, end: float) -> bool:
+    left = end - time.perf_counter()
+    expected = log.expected_seconds(cell, study.scale.task(cell.base).guess_seconds)
+    if expected > left:
+        print(f"stopped before {cell.name}: it may take {expected:.0f} s, {left:.0f} s are left", flush=True)
+    return expected <= left
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[x for x in TASKS if x != "time"])
     parser.add_argument("--seeds", type=int, help="how many, from 0 (default: the scale's)")
     parser.add_argument("--only", nargs="+", default=[], help="only cells whose name contains one of these")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell that would not fit")

@@ -52,7 +52,7 @@ class Cell:
 
     @property
     def base(self) -> str:
-        """The task that is learned: `recall`, `short` or `text`."""
+        """The task whose sizes and data it has: `recall`, `short` or `text`."""
         return "text" if self.task == "time" else self.task.removeprefix("convert-")
 
     @property

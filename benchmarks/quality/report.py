@@ -32,7 +32,7 @@ def report(rows: Sequence[Row], out: Path, name: str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     rows = with_dense(rows)
     parts = [f"# Quality at equal budget: {name}\n", _provenance(rows)]
-    for task, metrics in METRICS.items():
+    for task, metrics in (METRICS | {"time": _step_metrics(rows)}).items():
         mine = [row for row in rows if row["task"] == task]
         if not mine:
             continue
@@ -116,6 +116,11 @@ def _milliseconds(row: Row) -> float:
     return 1000 * row.get("step_seconds", math.nan)
 
 
+def _step_metrics(rows: Sequence[Row]) -> list[Metric]:
+    lengths = {length for row in rows if row["task"] == "time" for length, _ in row["step_seconds_by_length"]}
+    return [(f"ms at {length}", _step_at(length), 0) for length in sorted(lengths)]
+
+
 def _step_at(length: int) -> Read:
     return lambda row: 1000 * dict(map(tuple, row["step_seconds_by_length"])).get(length, math.nan)
 
@@ -170,7 +175,6 @@ METRICS: dict[str, list[Metric]] = {
         *((f"keys at {windows}x", _keys(windows), 2) for windows in (1, 2, 4, 8, 16, 32, 64)),
         ("ms a step", _milliseconds, 0),
     ],
-    "time": [(f"ms at {2**i}", _step_at(2**i), 0) for i in range(8, 17)],
     "convert-recall": [("accuracy", _accuracy, 3), ("facts kept", _where_kept("kept"), 2)],
     "convert-text": [
         ("lost", less_dense(_bits), 4),

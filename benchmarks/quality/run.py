@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from sparsek_dist.parallel.mesh import Mesh, RankGroup
 
 DISTILLED_BATCHES = 4
 """Last steps of the dense model's training, which scorers are fitted to."""
+TRAINING = "training.json"
+"""In the folder of a dense model: what its training was."""
 TIMED_STEPS = 15
 
 
@@ -57,37 +60,60 @@ class Study:
         return self.out / "locks" / self.scale.name / cell.name.replace("/", "-")
 
 
+def prepare(cell: Cell, study: Study) -> None:
+    """Sees to what the cell starts from: the dense model, and if it is distilled a fit of scorers to that.
+
+    Whoever is at it already, for its row or to start from it, is waited for.
+    """
+    if cell.source is None:
+        return
+    prepare(cell.source, study)
+    with claimed(study.lock(cell.source), wait=True):
+        _dense(cell.source, study)
+        if cell.distilled and not (path := _fit_path(cell, study)).is_file():
+            _save_fit(_fit(cell, study), path)
+
+
 def run_cell(cell: Cell, study: Study) -> dict[str, Any]:
     """Trains and measures one model; all there is to know about it, fit for JSON."""
     if cell.task == "time":
         return step_times(cell, study)
-    model, row = trained(cell, study)
-    if cell.kind == "full" and not (folder := study.folder(cell)).is_dir():
-        keep(model, folder)
+    prepare(cell, study)
+    model, row = _dense(cell, study) if cell.kind == "full" else trained(cell, study)
     began = time.perf_counter()
     row |= _measure_recall(model, study.scale.recall) if cell.base == "recall" else _measure_text(model, cell, study)
     return row | {"measure_seconds": time.perf_counter() - began}
 
 
-def trained(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
-    """The model of a cell, in evaluation mode, and what its training was; in bfloat16 on a GPU.
+def _dense(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
+    """A model that others start from: the same for its row and for all of them, whichever came first."""
+    folder = study.folder(cell)
+    if not folder.is_dir():
+        model, row = trained(cell, study)
+        unfinished = folder.with_suffix(".unfinished")
+        model.save_pretrained(unfinished)
+        (unfinished / TRAINING).write_text(json.dumps(row))
+        unfinished.rename(folder)
+    row = json.loads((folder / TRAINING).read_text())
+    config = replace(configuration(cell, study), model=ModelConfig(source=str(folder)))
+    return _built(config, study, _vocab_size(cell, study)).eval(), row
 
-    The model that it starts from is trained first, if it is not there yet.
-    """
-    if cell.source:
-        # Whoever trains it now, for its row or to start from it, is waited for.
-        with claimed(study.lock(cell.source), wait=True):
-            if not (folder := study.folder(cell.source)).is_dir():
-                keep(trained(cell.source, study)[0], folder)
+
+def trained(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
+    """The model of a prepared cell, in evaluation mode, and what its training was; in bfloat16 on a GPU."""
     config = configuration(cell, study)
-    vocab_size = recall.vocab_size(study.scale.recall) if cell.base == "recall" else text.VOCAB
-    model = _built(config, study, vocab_size)
+    model = _built(config, study, _vocab_size(cell, study))
     if cell.distilled:
-        _distil(model, cell, study)
-    row: dict[str, Any] = {"parameters": count_parameters(config, vocab_size=vocab_size)}
+        weights = load_file(_fit_path(cell, study))
+        start_scorers(model, [weights[str(layer)] for layer in range(len(weights))])
+    row: dict[str, Any] = {"parameters": count_parameters(config, vocab_size=_vocab_size(cell, study))}
     if config.train.steps > 0:
         row |= train(model, config, _batches(cell, study))
     return model.eval(), row
+
+
+def _vocab_size(cell: Cell, study: Study) -> int:
+    return recall.vocab_size(study.scale.recall) if cell.base == "recall" else text.VOCAB
 
 
 def _built(config: Config, study: Study, vocab_size: int) -> Any:
@@ -95,38 +121,28 @@ def _built(config: Config, study: Study, vocab_size: int) -> Any:
     return model.to(torch.bfloat16) if study.device.type == "cuda" else model
 
 
-def _distil(model: Any, cell: Cell, study: Study) -> None:
-    """Starts the scorers from what the dense model attends to, out of sight, in the contexts that it was trained on.
+def _fit_path(cell: Cell, study: Study) -> Path:
+    """Of scorers fitted to a dense model, in its folder. One fit serves all gates and slopes."""
+    assert cell.source is not None
+    window = configuration(cell, study).attention.window
+    return study.folder(cell.source) / f"scorers-{window}-{cell.std:g}.safetensors"
 
-    One fit serves all cells of one dense model: no gate and no slope changes it.
-    """
+
+def _fit(cell: Cell, study: Study) -> list[Tensor]:
+    """To what the dense model attends to out of sight, in the contexts that it was trained on last."""
     source = cell.source
     assert source is not None
-    window = configuration(cell, study).attention.window
-    path = Path(f"{study.folder(source)}-scorers-{window}-{cell.std:g}.safetensors")
-    with claimed(path.with_suffix(".lock"), wait=True):
-        if not path.is_file():
-            fitted = _fit(cell, source, study, window)
-            unfinished = path.with_suffix(".unfinished")
-            save_file({str(layer): weight.contiguous() for layer, weight in enumerate(fitted)}, unfinished)
-            unfinished.rename(path)
-    weights = load_file(path)
-    start_scorers(model, [weights[str(layer)] for layer in range(len(weights))])
-
-
-def _fit(cell: Cell, source: Cell, study: Study, window: int) -> list[Tensor]:
-    dense: Any = build_model(configuration(replace(cell, kind="full"), study), Mesh(), vocab_size=text.VOCAB)
+    dense, _ = _dense(source, study)
     seen = _batches(source, study)
     steps = study.scale.task(source.base).steps
     batches = [seen(step).input_ids for step in range(max(0, steps - DISTILLED_BATCHES), steps)]
-    return fit_scorers(dense.to(study.device), batches, window=window, std=cell.std)
+    return fit_scorers(dense, batches, window=configuration(cell, study).attention.window, std=cell.std)
 
 
-def keep(model: Any, folder: Path) -> None:
-    """Saves a model, so that the folder is complete if it is there."""
-    unfinished = folder.with_suffix(".unfinished")
-    model.save_pretrained(unfinished)
-    unfinished.rename(folder)
+def _save_fit(fitted: list[Tensor], path: Path) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    save_file({str(layer): weight.contiguous() for layer, weight in enumerate(fitted)}, unfinished)
+    unfinished.rename(path)
 
 
 def configuration(cell: Cell, study: Study) -> Config:

@@ -42,6 +42,7 @@ class Task:
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     name: str
+    on_gpu: bool
     recall: Task
     short: Task
     """Text, w + k tokens a context, where every kind of attention sees everything: the first part of a training."""
@@ -104,6 +105,7 @@ _GPU_TEXT = Task(
 
 CPU = Scale(
     name="cpu",
+    on_gpu=False,
     recall=Task(
         length=160,
         window=8,
@@ -134,6 +136,7 @@ CPU = Scale(
 
 GPU = Scale(
     name="gpu",
+    on_gpu=True,
     recall=Task(
         length=640,
         window=32,

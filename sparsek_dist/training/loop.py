@@ -21,7 +21,7 @@ from sparsek_dist.training.checkpoint import Checkpoints, Position
 from sparsek_dist.training.checksum import require_equal_parameters
 from sparsek_dist.training.engine import optimizer_step
 from sparsek_dist.training.metrics import MetricsLog, peak_memory
-from sparsek_dist.training.optim import learning_rate, set_learning_rate
+from sparsek_dist.training.optim import learning_rate, scorer_learning_rate, set_learning_rate
 from sparsek_dist.training.progress import Progress
 
 
@@ -172,13 +172,13 @@ def _require_finite(name: str, value: float, step: int) -> None:
 
 def _record(run: Run, position: Position, outcome: StepOutcome, seconds: float) -> dict[str, float | int]:
     """The step's line in metrics.jsonl; losses in nats, memory in bytes on this rank."""
-    rate, scorer_rate = learning_rate(position.step - 1, run.config), run.config.optimizer.scorer_rate
+    of_scorers = scorer_learning_rate(run.engine.optimizer)
     return {
         "tokens": position.tokens,
         "loss": outcome.loss,
         "bits_per_byte": outcome.loss / math.log(2) / run.bytes_per_target,
-        "lr": rate,
-        **({"scorer_lr": rate * scorer_rate} if scorer_rate != 1 else {}),
+        "lr": learning_rate(position.step - 1, run.config),
+        **({} if of_scorers is None else {"scorer_lr": of_scorers}),
         "grad_norm": outcome.grad_norm,
         "tokens_per_second": outcome.tokens / seconds,
         "memory": peak_memory(run.engine.device),

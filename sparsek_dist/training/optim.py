@@ -9,6 +9,7 @@ from torch import nn
 
 from sparsek_dist.attention.scorer import ScoringNetwork
 from sparsek_dist.config import Config, OptimizerConfig
+from sparsek_dist.errors import ConfigError
 
 FACTOR = "lr_factor"
 """In a group that learns at a rate of its own: what the learning rate is multiplied by. Checkpoints hold it, too."""
@@ -35,6 +36,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Sets it on every group, times the factor of those that have one."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get(FACTOR, 1.0)
+
+
+def scorer_learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """What the scorers' groups were set to; None where they have none of their own."""
+    return next((group["lr"] for group in optimizer.param_groups if FACTOR in group), None)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, scorer_rate: float = 1.0) -> list[dict]:
@@ -65,8 +71,14 @@ def _parameters_of(model: nn.Module, kind: type[nn.Module]) -> set[int]:
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """The torch optimizer that DeepSpeed wraps. Without momentum, the decay of SGD is the decoupled one, as AdamW's."""
+    """The torch optimizer that DeepSpeed wraps. Without momentum, the decay of SGD is the decoupled one, as AdamW's.
+
+    Raises:
+        ConfigError: the scorers have a rate of their own, and the model has none that learn.
+    """
     groups = parameter_groups(model, settings.weight_decay, settings.scorer_rate)
+    if settings.scorer_rate != 1 and not any(FACTOR in group for group in groups):
+        raise ConfigError(f"optimizer.scorer_rate = {settings.scorer_rate}, but no scorer of this model learns: use 1")
     optimizer: torch.optim.Optimizer
     if settings.name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=settings.learning_rate)

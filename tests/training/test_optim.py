@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsek_dist.config import Config, OptimizerConfig, TrainConfig
+from sparsek_dist.errors import ConfigError
 from sparsek_dist.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from tests.training.toys import seeded_model
 
@@ -68,6 +69,17 @@ def test_a_rate_of_their_own_stays_a_multiple(name) -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 5.0]
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125, 1.25]
+
+
+def test_a_rate_for_scorers_that_do_not_learn_is_refused() -> None:
+    model = seeded_model(scored=True)
+    model.scorer.weight.requires_grad_(False)
+    for without in (model, seeded_model()):
+        with pytest.raises(
+            ConfigError, match=r"optimizer.scorer_rate = 10.0, but no scorer of this model learns: use 1"
+        ):
+            build_optimizer(without, OptimizerConfig(scorer_rate=10.0))
+        build_optimizer(without, OptimizerConfig())
 
 
 def test_nothing_but_scorers_may_learn() -> None:
