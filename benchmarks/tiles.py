@@ -29,7 +29,7 @@ from sparsek_kernels.gpu import call as calls
 from sparsek_kernels.gpu.tiles import Tile, Tiles, is_hopper, tiles_for
 
 MOST_APART = 0.02
-# By widest head and kernel: rows, columns, warps, stages; for dq also the columns at a time where gates are fractional.
+# By widest head and kernel: rows, columns, warps, stages; query-major ones: gated columns, too.
 CANDIDATES: dict[int, dict[str, list[tuple[int, ...]]]] = {
     128: {
         "forward": [(128, 64, 8, 2), (64, 64, 4, 3)],
@@ -40,10 +40,10 @@ CANDIDATES: dict[int, dict[str, list[tuple[int, ...]]]] = {
     # Only tiles of 64 keys (rows, in the query-major kernels) let the compiler use Hopper's own matrix products well.
     # (64, 64, ...) and dq's (128, 32, ...) do not fit GPUs before it.
     256: {
-        "forward": [(64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)],
+        "forward": [(128, 64, 8, 2), (128, 32, 8, 3), (64, 32, 8, 2)],
         "grad_query": [(64, 32, 8, 2, 16), (64, 64, 8, 2, 16), (128, 32, 8, 2, 16)],
         "grad_selected": [(32, 32, 8, 2), (16, 64, 8, 3), (64, 64, 8, 2)],
-        "grad_window": [(32, 32, 8, 2), (16, 64, 8, 3), (32, 64, 8, 2)],
+        "grad_window": [(64, 64, 8, 2), (32, 64, 8, 3), (16, 64, 8, 3)],
     },
 }
 GATES = ("straight_through", "value")
@@ -82,8 +82,7 @@ class Stopwatch:
 
 
 def with_tile(tiles: Tiles, kernel: str, numbers: tuple[int, ...]) -> Tiles:
-    changed = replace(tiles, **{kernel: Tile(*numbers[:4])})
-    return replace(changed, gated_columns=numbers[4]) if len(numbers) > 4 else changed
+    return replace(tiles, **{kernel: Tile(*numbers)})
 
 
 def measure(kernel: str, tiles: Tiles, inputs: list[Tensor], grad: Tensor, args: argparse.Namespace) -> tuple:
@@ -121,9 +120,7 @@ def compare(h: int, g: int, d: int, args: argparse.Namespace) -> bool:
     inputs = [torch.randn(1, args.n, x, d, device=device, dtype=dtype, requires_grad=True) for x in (h, g, g)]
     inputs.append(torch.randn(1, args.n, g, device=device, requires_grad=True))
     grad, agree = torch.randn_like(inputs[0]), True
-    shipped = tiles_for(
-        d, h // g, dtype.itemsize, hopper=is_hopper(grad.device), two_sums=args.gate == "straight_through"
-    )
+    shipped = tiles_for(d, h // g, dtype.itemsize, hopper=is_hopper(grad.device), gate=args.gate)
     candidates = CANDIDATES[128 if d <= 128 else 256]
     print(f"h{h} g{g} d{d}, k = w = {args.k}, {args.n} tokens, {dtype}, gate {args.gate}")
     titles = ("kernel", "rows, columns, warps, stages", "ms", "registers", "spilled", "apart")

@@ -41,9 +41,8 @@ CASES = [pytest.param(c, marks=[] if c.name in QUICK or ON_GPU else pytest.mark.
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, chunks and spans even in short sequences; the interpreter's cost is per block, not per number."""
     if not ON_GPU:
-        tile = Tile(rows=32, columns=32, warps=4, stages=1)
-        tiles = Tiles(chunk=32, span=64, forward=tile, grad_query=tile, gated_columns=16, grad_selected=tile,
-                      grad_window=tile)  # fmt: skip
+        tile = Tile(rows=32, columns=32, warps=4, stages=1, gated_columns=16)
+        tiles = Tiles(chunk=32, span=64, forward=tile, grad_query=tile, grad_selected=tile, grad_window=tile)
         # Long sequences add up a pair's rows in many steps: so do these.
         monkeypatch.setattr(attention, "ROWS_AT_ONCE", 2)
         for module in (call, ops):

@@ -38,8 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Every forward is that for Hopper, with small tiles; the calls so far."""
     seen: list[Call] = []
     tile = Tile(rows=16, columns=8, warps=4, stages=1)
-    tiles = Tiles(chunk=32, span=64, forward=tile, grad_query=tile, gated_columns=8, grad_selected=tile,
-                  grad_window=tile)  # fmt: skip
+    tiles = Tiles(chunk=32, span=64, forward=tile, grad_query=tile, grad_selected=tile, grad_window=tile)
     for module in (call, ops):
         monkeypatch.setattr(module, "tiles_for", lambda *_, **__: tiles)
     monkeypatch.setattr(hopper, "HOPPER_FORWARD", {8: tile})

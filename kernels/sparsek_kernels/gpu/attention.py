@@ -32,7 +32,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         return out, lse
     constants = call.constants(call.tiles.forward)
     forward_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
-        *call.forward_tables(), out, lse, *call.numbers(), GATE=call.forward_gate,
+        *call.forward_tables(), out, lse, *call.numbers(), GATE=call.forward_gate, BG=call.tiles.forward.at_once,
         **call.query_constants(), **constants,
     )  # fmt: skip
     return out, lse
@@ -50,7 +50,7 @@ def backward(
     constants = call.constants(call.tiles.grad_query)
     grad_query_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
         *call.query_tables(gate, call.scores), out, grad_out, lse, delta, grad_sums, grad_query, *call.numbers(),
-        GATE=gate, STRAIGHT=call.gate == "straight_through", BG=call.tiles.gated_columns,
+        GATE=gate, STRAIGHT=call.gate == "straight_through", BG=call.tiles.grad_query.at_once,
         **call.query_constants(), **constants,
     )  # fmt: skip
     layout = rows_of_selected(

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.gpu.backward_query import LOG2E
-from sparsek_kernels.gpu.columns import anew, load_pairs, load_rows, pairs_of, program_of, tile_rows
+from sparsek_kernels.gpu.columns import anew, load_pairs, load_rows, pairs_of, program_of
+from sparsek_kernels.gpu.rows import anew_strides, query_rows, whole_query_rows
 
 
 @triton.jit
@@ -46,50 +47,6 @@ def _accumulate(
 
 
 @triton.jit
-def _query_rows(
-    tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
-    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Heads that do not exist weigh nothing.
-
-    WHOLE: all queries of the tile exist. Otherwise, no key sees those that do not: the caller masks them.
-    """
-    queries, member, exists = tile_rows(tile, s, G, GP, BQ)
-    check: tl.constexpr = not WHOLE or G != GP
-    q_rows = q + batch * qb + head * G * qh + (queries.to(tl.int64) * qs + member.to(tl.int64) * qh)
-    q_tile = load_rows(q_rows, exists, D, BD, check)
-    do_rows = grad_out + (batch * s * heads + head * G) * D + queries.to(tl.int64) * (heads * D) + member * D
-    do_tile = load_rows(do_rows, exists, D, BD, check)
-    row = (batch * heads + head * G + member) * s + queries
-    if not check:
-        lse_row, delta_row = tl.load(lse + row), tl.load(delta + row)
-    else:
-        # An infinite lse is a weight of 0, but also a choice per row, that the loop carries on to where lse is used.
-        lse_row = tl.load(lse + row, mask=exists, other=float("inf") if G != GP else 0.0)
-        delta_row = tl.load(delta + row, mask=exists, other=0.0)
-    return (q_tile, do_tile, lse_row, delta_row), queries
-
-
-@triton.jit
-def _whole_query_rows(
-    tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G: tl.constexpr, GP: tl.constexpr,
-    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """`_query_rows` of a whole tile: what does not change from tile to tile stands apart. Saves a tenth of the window's
-    kernel; `grad_selected_kernel`, short of registers, loses as much by it."""
-    of_tile, member = tl.arange(0, BQ * GP) // GP, tl.arange(0, BQ * GP) % GP
-    first, exists = (tile * BQ).to(tl.int64), member < G
-    check: tl.constexpr = G != GP
-    q_rows = q + batch * qb + head * G * qh + first * qs + (of_tile * qs + member.to(tl.int64) * qh)
-    q_tile = load_rows(q_rows, exists, D, BD, check)
-    do_rows = grad_out + (batch * s * heads + head * G) * D + first * (heads * D) + (of_tile * heads + member) * D
-    do_tile = load_rows(do_rows, exists, D, BD, check)
-    row = (batch * heads + head * G) * s + member.to(tl.int64) * s + of_tile + first
-    lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
-    return q_tile, do_tile, lse_row, tl.load(delta + row, mask=exists, other=0.0)
-
-
-@triton.jit
 def _entries_of_block(
     block, span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
     K: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr,
@@ -117,6 +74,21 @@ def _entries_of_block(
 
 
 @triton.jit
+def _joined_until(
+    block, span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window, visible_until,
+    scores, K: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """For each pair of a block [BN], the span's queries that select it, [joined, until), and its score."""
+    entry, real, joined = _entries_of_block(
+        block, span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
+        K, CHUNK, SPAN, BN,
+    )  # fmt: skip
+    entry += bg * (S + t)
+    until = tl.minimum(tl.load(visible_until + entry, mask=real, other=0), tl.minimum(span * SPAN + SPAN, s))
+    return joined, until, tl.load(scores + entry, mask=real, other=0.0)
+
+
+@triton.jit
 def grad_selected_kernel(
     q, k, v, carry_k, carry_v, scores, tau, visible_until, fractional_from, alive, chosen, num_before, first_row,
     grad_out, lse, delta, rows_k, rows_v, rows_u, qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window,
@@ -136,6 +108,7 @@ def grad_selected_kernel(
     score = tl.load(scores + bg * (S + t) + entry, mask=real, other=0.0)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
+    strides = (g * G, qb, qs, qh)
     state = (tl.zeros([BN, BD], ACC), tl.zeros([BN, BD], ACC), tl.zeros([BN], ACC))
 
     # Tiles before `gated` see all pairs of the block with gate 1, those before `general` see all.
@@ -145,41 +118,42 @@ def grad_selected_kernel(
     seen = tl.min(tl.where(real, until, high), 0)
     general = tl.where(block < num_blocks, tl.maximum(tl.minimum(seen // BQ, last), first), first)
     gated = tl.maximum(tl.minimum(plain // BQ, general), first)
-    # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads.
+    # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads. The later ones are
+    # short of registers: what does not change from tile to tile they compute in each, rather than spill it.
     for step in tl.range(0, gated - first):
-        rows, queries = _query_rows(
-            first + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, True
-        )
+        rows, _ = query_rows(first + step, q, grad_out, lse, delta, s, batch, head, strides, G, GP, BQ, D, BD, True)
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
     if GATE != "none":
-        for step in tl.range(0, general - gated):
-            rows, queries = _query_rows(
-                gated + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, True
+        bg, batch, head = program_of(tl.program_id(2) + anew(first_bg, window), g)
+        others = anew_strides(strides, window)
+        for step in tl.range(0, general - gated, disable_licm=True):
+            rows, queries = query_rows(
+                gated + step, q, grad_out, lse, delta, s, batch, head, others, G, GP, BQ, D, BD, True
             )
             tau_row = tl.load(tau + bg * s + queries)
             gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
             state = _accumulate(keys, values, rows, scale, gate, 1, state, GATE, False, ACC, PRECISION)
-    # The loops before are short of registers: what the last one needs, it takes anew.
-    bg, batch, head = program_of(anew(tl.program_id(2) + first_bg, t), g)
-    entry, real, joined = _entries_of_block(
-        anew(block, t), span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
-        K, CHUNK, SPAN, BN,
+    bg, batch, head = program_of(tl.program_id(2) + anew(first_bg, t), g)
+    others = anew_strides(strides, t)
+    joined, until, score = _joined_until(
+        anew(block, t), anew(span, t), bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t,
+        anew(S, t), window, visible_until, scores, K, CHUNK, SPAN, BN,
     )  # fmt: skip
-    until = tl.minimum(tl.load(visible_until + bg * (S + t) + entry, mask=real, other=0), high)
-    score = tl.load(scores + bg * (S + t) + entry, mask=real, other=0.0)
-    for step in tl.range(0, last - general):
-        rows, queries = _query_rows(
-            general + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD, False
+    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), general)
+    for step in tl.range(0, last - general, disable_licm=True):
+        rows, queries = query_rows(
+            general + step, q, grad_out, lse, delta, s, batch, head, others, G, GP, BQ, D, BD, False
         )
         visible = (joined[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         tau_row = tl.load(tau + bg * s + queries, mask=queries < s, other=0.0)
         gate = tl.clamp(score[:, None] - tau_row[None, :], 0.0, 1.0)
         state = _accumulate(keys, values, rows, scale, gate, visible, state, GATE, True, ACC, PRECISION)
 
-    bg, batch, head = program_of(anew(tl.program_id(2) + first_bg, s), g)
+    bg, batch, head = program_of(tl.program_id(2) + anew(first_bg, s), g)
+    S = anew(S, s)
     entry, real, joined = _entries_of_block(
-        anew(block, s), span, bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S, window,
-        K, CHUNK, SPAN, BN,
+        anew(block, s), anew(span, s), bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t, S,
+        window, K, CHUNK, SPAN, BN,
     )  # fmt: skip
     became = tl.where(entry < S, 0, tl.maximum(entry - S - (t - s) + window, 0)) // SPAN
     row = tl.load(first_row + bg * (S + t + 1) + entry, mask=real, other=0) + span - became
@@ -244,6 +218,15 @@ def sum_rows_kernel(
 
 
 @triton.jit
+def _keys_of_block(block, visible_until, bg, s, t, S, window, BN: tl.constexpr):
+    """Rows [BN] of some neighbouring keys, which of them exist, their positions, and until when a window shows them."""
+    row = block * BN + tl.arange(0, BN)
+    position = row - (t - s)
+    until = tl.load(visible_until + bg * (S + t) + S + row, mask=row < t, other=0)
+    return row, row < t, position, tl.minimum(tl.minimum(until, position + window), s)
+
+
+@triton.jit
 def grad_window_kernel(
     q, k, v, visible_until, first_row, grad_out, lse, delta, rows_k, rows_v, grad_k, grad_v,
     qb, qs, qh, kb, ks, kg, vb, vs, vg, s, t, S, window, scale, num_rows, g, first_bg, G: tl.constexpr,
@@ -254,16 +237,13 @@ def grad_window_kernel(
     block = tl.program_id(0)
     bg, batch, head = program_of(tl.program_id(1) + first_bg, g)
     halo = t - s
-    row = block * BN + tl.arange(0, BN)
-    real = row < t
-    position = row - halo
-    until = tl.load(visible_until + bg * (S + t) + S + row, mask=real, other=0)
-    until = tl.minimum(tl.minimum(until, position + window), s)
+    row, real, position, until = _keys_of_block(block, visible_until, bg, s, t, S, window, BN)
     begin = tl.load(first_row + bg * (S + t + 1) + S + row, mask=real, other=0)
     was_selected = real & (tl.load(first_row + bg * (S + t + 1) + S + row + 1, mask=real, other=0) > begin)
     begin += tl.program_id(1).to(tl.int64) * num_rows
     sum_k = load_rows(rows_k + begin * D, was_selected, D, BD, True)
     sum_v = load_rows(rows_v + begin * D, was_selected, D, BD, True)
+    strides = (g * G, qb, qs, qh)
     state = (sum_k, sum_v, tl.zeros([BN], ACC))
     keys = load_rows(k + batch * kb + head * kg + row.to(tl.int64) * ks, real, D, BD, True)
     values = load_rows(v + batch * vb + head * vg + row.to(tl.int64) * vs, real, D, BD, True)
@@ -274,18 +254,15 @@ def grad_window_kernel(
     # Tiles [begin, end): every query sees every key of the block.
     begin = tl.minimum(tl.maximum(tl.cdiv(newest, BQ), first), last)
     end = tl.minimum(tl.maximum(tl.min(tl.where(real, until, s), 0) // BQ, begin), last)
-    for step in tl.range(0, end - begin):
-        rows = _whole_query_rows(
-            begin + step, q, grad_out, lse, delta, s, batch, head, g * G, qb, qs, qh, G, GP, BQ, D, BD
-        )
+    for step in tl.range(0, end - begin, disable_licm=BD > 128):
+        rows = whole_query_rows(begin + step, q, grad_out, lse, delta, s, batch, head, strides, G, GP, BQ, D, BD)
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)
-    heads = anew(g, s) * G
-    bg, batch, head = program_of(anew(tl.program_id(1) + first_bg, s), anew(g, s))
-    for step in tl.range(0, last - first - (end - begin)):
+    bg, batch, head = program_of(tl.program_id(1) + anew(first_bg, s), anew(g, s))
+    others = anew_strides(strides, s)
+    row, real, position, until = _keys_of_block(anew(block, s), visible_until, bg, s, t, anew(S, s), window, BN)
+    for step in tl.range(0, last - first - (end - begin), disable_licm=BD > 128):
         tile = first + step + tl.where(first + step < begin, 0, end - begin)
-        rows, queries = _query_rows(
-            tile, q, grad_out, lse, delta, s, batch, head, heads, qb, qs, qh, G, GP, BQ, D, BD, False
-        )
+        rows, queries = query_rows(tile, q, grad_out, lse, delta, s, batch, head, others, G, GP, BQ, D, BD, False)
         visible = (position[:, None] <= queries[None, :]) & (queries[None, :] < until[:, None])
         state = _accumulate(keys, values, rows, scale, 1.0, visible, state, "none", True, ACC, PRECISION)
 

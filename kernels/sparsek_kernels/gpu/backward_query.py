@@ -74,20 +74,25 @@ def _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC: tl.conste
 
 @triton.jit
 def _store_tile(
-    tile, pair, grad, delta_row, sums, grad_q, delta, grad_sums, s, g, G: tl.constexpr, GP: tl.constexpr,
-    BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    tile, pair, grad, grad_q, s, g, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq and delta of a tile of rows, and the sums over the heads of each of its queries."""
-    bg, batch, head = program_of(pair, g)
+    """Writes dq of a tile of rows."""
+    _bg, batch, head = program_of(pair, g)
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
     place = ((batch * s + queries) * g * G + head * G + member) * D
     width = tl.arange(0, BD)
     store = exists[:, None] & (width < D)[None, :]
     tl.store(grad_q + place[:, None] + width[None, :], grad.to(grad_q.dtype.element_ty), mask=store)
-    tl.store(delta + (batch * g * G + head * G + member) * s + queries, delta_row, mask=exists)
+
+
+@triton.jit
+def _store_sums(tile, pair, sums, grad_sums, s, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
+    """Writes the sums over the heads of each of a tile's queries."""
+    _queries, _member, exists = tile_rows(tile, s, G, GP, BQ)
     first = tile * BQ + tl.arange(0, BQ)
     per_query = tl.sum(tl.reshape(tl.where(exists, sums, 0.0), (BQ, GP)), 1)
-    tl.store(grad_sums + bg * s + first, per_query, mask=first < s)
+    tl.store(grad_sums + pair.to(tl.int64) * s + first, per_query, mask=first < s)
 
 
 @triton.jit
@@ -100,7 +105,9 @@ def grad_query_kernel(
 ):  # fmt: skip
     """dq, delta [b, h, s], and the sum of each query's gradients of fractional gates [b, g, s].
 
-    BG: columns at a time where two accumulators are needed, a divisor of BN.
+    BG: columns at a time where gates, masks or two accumulators are needed, a divisor of BN. The loops are short of
+    registers. So each result is written when it is known, what later parts need they take anew, and the second loop, with
+    two accumulators or wide heads, holds nothing that it can compute in each step.
     """
     tile = tl.program_id(0)
     bg, batch, head = program_of(tl.program_id(1), g)
@@ -111,6 +118,8 @@ def grad_query_kernel(
     row = (batch * g * G + head * G + member) * s + queries
     lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
     delta_row = tl.sum(load_rows(out + place, exists, D, BD, True).to(ACC) * do_tile.to(ACC), 1)
+    if not STRAIGHT:
+        tl.store(delta + row, delta_row, mask=exists)
     tau_row = tl.load(tau + bg * s + queries, mask=exists, other=0.0)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
@@ -130,13 +139,11 @@ def grad_query_kernel(
             state = _accumulate(rows, keys, values, gate, 1, scale, state, GATE, STRAIGHT, False, ACC, PRECISION)
     queries, member, exists = tile_rows(anew(tile, window), s, G, GP, BQ)
     end = num_general(count - gated, oldest, num_middle, tile, s, BQ)
-    for low in tl.range(0, end, BG):
-        real = low + tl.arange(0, BG) < end
-        entry, position = general_entries(
-            low + tl.arange(0, BG), alive + gated, count - gated, oldest, middle, num_middle, S + t - s
-        )
-        entry = tl.where(real, entry, S)
-        until = tl.load(visible_until + entry, mask=real, other=0)
+    for low in tl.range(0, end, BG, disable_licm=BD > 128 or STRAIGHT):
+        real, entry, position, until = general_entries(
+            low + tl.arange(0, BG), end, alive + gated, count - gated, oldest, middle, num_middle, S + t - s, S,
+            visible_until,
+        )  # fmt: skip
         score = tl.load(scores + entry, mask=real, other=0.0)
         keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
         gate = tl.clamp(score[None, :] - tau_row[:, None], 0.0, 1.0)
@@ -144,14 +151,17 @@ def grad_query_kernel(
         visible = (position[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
         state = _accumulate(rows, keys, values, gate, visible, scale, state, GATE, STRAIGHT, True, ACC, PRECISION)
     grad, mean_k, delta_row, sums = state
-    if STRAIGHT:
-        grad -= delta_row[:, None] * mean_k
-    # The loops before are short of registers: whatever else the two below need, they take anew.
     new_tile = anew(tile, num_chunks)
+    _store_sums(new_tile, tl.program_id(1), sums, grad_sums, s, G, GP, BQ)
     bg, batch, head = program_of(anew(tl.program_id(1), num_chunks), g)
     queries, member, exists = tile_rows(new_tile, s, G, GP, BQ)
-    lse_row = tl.load(lse + (batch * g * G + head * G + member) * s + queries, mask=exists, other=float("inf"))
+    row = (batch * g * G + head * G + member) * s + queries
+    lse_row = tl.load(lse + row, mask=exists, other=float("inf"))
+    if STRAIGHT:
+        tl.store(delta + row, delta_row, mask=exists)
+        grad -= delta_row[:, None] * mean_k
     rows = (q_tile, do_tile, lse_row)
+    pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     middle, num_middle, oldest = window_columns(new_tile, document_start + batch * s, s, t - s, window, CHUNK, BQ, BN)
     for low in tl.range(0, num_middle, BN):
         keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
@@ -160,7 +170,4 @@ def grad_query_kernel(
         entry = tl.load(alive + low + tl.arange(0, BN))
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
         grad = _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC, PRECISION)
-    _store_tile(
-        anew(tile, t), anew(tl.program_id(1), t), grad * (scale / LOG2E), delta_row, sums, grad_q, delta, grad_sums,
-        s, g, G, GP, BQ, D, BD,
-    )  # fmt: skip
+    _store_tile(anew(tile, t), anew(tl.program_id(1), t), grad * (scale / LOG2E), grad_q, s, g, G, GP, BQ, D, BD)

@@ -159,7 +159,7 @@ def new_call(
             h // g,
             query.element_size(),
             hopper=is_hopper(query.device),
-            two_sums=gate == "straight_through",
+            gate=gate,
         ),
     )
 

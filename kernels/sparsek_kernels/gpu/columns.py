@@ -85,18 +85,22 @@ def window_columns(
 
 
 @triton.jit
-def general_entries(column, alive, num_listed, oldest, middle, num_middle, origin):
-    """Entry and position of some general columns [BN]; BEFORE_ALL is the position of every listed pair.
+def general_entries(column, end, alive, num_listed, oldest, middle, num_middle, origin, S, visible_until):
+    """Of some general columns [BN]: which exist, their entries (S where they do not), positions (BEFORE_ALL for listed
+    pairs), and until when they are seen.
 
     Args:
+        end: how many there are.
         alive: the first listed one, and num_listed: how many they are.
         origin: entry of the key at position 0.
     """
-    is_listed = column < num_listed
+    real, is_listed = column < end, column < num_listed
     recent = oldest - num_listed + column
     position = tl.where(recent < middle, recent, recent + num_middle)
     listed = tl.load(alive + column, mask=is_listed, other=0)
-    return tl.where(is_listed, listed, position + origin), tl.where(is_listed, BEFORE_ALL, position)
+    entry = tl.where(real, tl.where(is_listed, listed, position + origin), S)
+    until = tl.load(visible_until + entry, mask=real, other=0)
+    return real, entry, tl.where(is_listed, BEFORE_ALL, position), until
 
 
 @triton.jit
@@ -158,8 +162,12 @@ def anew(number, size):
     """The same number; but the compiler, which cannot know that no size is negative, computes what depends on it where
     that is used, instead of holding it in registers, or spilling it, through the loops before. Each place needs a size
     of its own: what two places compute from one is computed once.
+
+    Args:
+        number: not negative. A maximum, unlike a sum, cannot be put together differently; times 16, it stays known to
+            be a multiple of 16 where `number` is.
     """
-    return number + tl.minimum(size, 0)
+    return tl.maximum(number, tl.minimum(size, 0) * 16)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.gpu.columns import (
+    anew,
     general_entries,
     load_neighbours,
     load_pairs,
@@ -38,10 +39,13 @@ def forward_kernel(
     q, k, v, carry_k, carry_v, scores, tau, visible_until, fractional_from, alive, document_start, out, lse,
     qb, qs, qh, kb, ks, kg, vb, vs, vg, cb, cg, cs, s, t, S, window, scale, num_chunks, g,
     K: tl.constexpr, KP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, GATE: tl.constexpr, HAS_CARRY: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, GATE: tl.constexpr,
+    HAS_CARRY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one KV head. `scale` includes log2 e; GATE is `none`, `value` or `key_value`."""
+    """One tile of queries of one KV head. `scale` includes log2 e; GATE is `none`, `value` or `key_value`.
+
+    BG: columns at a time where gates or masks are needed, a divisor of BN.
+    """
     tile = tl.program_id(0)
     bg, batch, head = program_of(tl.program_id(1), g)
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
@@ -50,7 +54,7 @@ def forward_kernel(
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
     alive, count, plain, gated, middle, num_middle, oldest = tile_columns(
         tile, alive + bg * num_chunks * K, fractional_from + bg * (S + t), visible_until,
-        document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BN,
+        document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BG,
     )  # fmt: skip
     state = (tl.full([BQ * GP], LOWEST, ACC), tl.zeros([BQ * GP], ACC), tl.zeros([BQ * GP, BD], ACC))
     for low in tl.range(0, num_middle, BN):
@@ -66,22 +70,22 @@ def forward_kernel(
     if GATE == "none":
         gated = plain
     else:
-        for step in tl.range(0, (gated - plain) // BN):
-            entry = tl.load(alive + plain + step * BN + tl.arange(0, BN))
+        for step in tl.range(0, (gated - plain) // BG):
+            entry = tl.load(alive + plain + step * BG + tl.arange(0, BG))
             keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
             logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
             gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)
             if GATE == "key_value":
                 logits *= gate
             state = _accumulate(logits, scale, values, gate, state, True, ACC, PRECISION)
+    # The loops are short of registers: what the last one and the end need, they take anew.
+    queries, member, exists = tile_rows(anew(tile, window), s, G, GP, BQ)
     end = num_general(count - gated, oldest, num_middle, tile, s, BQ)
-    for low in tl.range(0, end, BN):
-        real = low + tl.arange(0, BN) < end
-        entry, position = general_entries(
-            low + tl.arange(0, BN), alive + gated, count - gated, oldest, middle, num_middle, S + t - s
-        )
-        entry = tl.where(real, entry, S)
-        until = tl.load(visible_until + entry, mask=real, other=0)
+    for low in tl.range(0, end, BG):
+        real, entry, position, until = general_entries(
+            low + tl.arange(0, BG), end, alive + gated, count - gated, oldest, middle, num_middle, S + t - s, S,
+            visible_until,
+        )  # fmt: skip
         keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
         logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
         gate = 1.0
@@ -96,6 +100,8 @@ def forward_kernel(
         state = _accumulate(logits, scale, values, gate, state, GATE != "none", ACC, PRECISION)
 
     largest, total, acc = state
+    bg, batch, head = program_of(anew(tl.program_id(1), t), g)
+    queries, member, exists = tile_rows(anew(tile, t), s, G, GP, BQ)
     total = tl.where(exists, total, 1.0)
     width = tl.arange(0, BD)
     place = ((batch * s + queries) * g * G + head * G + member) * D

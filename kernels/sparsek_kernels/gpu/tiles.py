@@ -20,6 +20,12 @@ class Tile:
     columns: int
     warps: int
     stages: int
+    gated_columns: int = 0
+    """Of the query-major kernels: columns at a time where gates or masks need room, a divisor of `columns`; 0: all."""
+
+    @property
+    def at_once(self) -> int:
+        return self.gated_columns or self.columns
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,6 @@ class Tiles:
     """Queries over which the key-major backward sums a selected pair's gradient before writing it; a multiple of B."""
     forward: Tile
     grad_query: Tile
-    gated_columns: int
-    """Columns at a time of `grad_query` where their gate is below 1: two accumulators need room."""
     grad_selected: Tile
     grad_window: Tile
 
@@ -43,28 +47,63 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def tiles_for(
-    head_dim: int, group_size: int, element_size: int, *, hopper: bool = False, two_sums: bool = False
-) -> Tiles:
-    """By head width and bytes per element. Those for half precision were tuned on one H200 or H100, no others.
+def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool = False, gate: str = "value") -> Tiles:
+    """By head width, query heads per KV head, and bytes per element: the largest found that spill no registers.
+
+    Those for half precision on Hopper were timed on one H200 or H100, all others are only known to fit.
 
     Args:
         hopper: whether the GPU is one.
-        two_sums: whether `grad_query` has two accumulators (`straight_through`), which leave it less room.
+        gate: `straight_through` gives `grad_query` two accumulators, `key_value` takes registers everywhere.
     """
     if element_size > 2:
         narrow = Tile(16, 16, 4, 1)
         rows = Tile(max(narrow.rows, group_size), narrow.columns, 4, 1)
-        return Tiles(CHUNK, SPAN, rows, rows, 16, rows, rows)
+        return Tiles(CHUNK, SPAN, rows, rows, rows, rows)
+    by_query = _query_major(head_dim, group_size, hopper, gate)
+    return Tiles(CHUNK, SPAN, *by_query, *_key_major(head_dim, group_size, hopper, gate))
+
+
+def _is_odd(group_size: int) -> bool:
+    """Whether some rows of a tile are no head's, which is a mask to hold in registers."""
+    return group_size & (group_size - 1) != 0
+
+
+def _query_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tuple[Tile, Tile]:
+    """Tiles of `forward` and `grad_query`."""
+    odd, two_sums = _is_odd(group_size), gate == "straight_through"
     if head_dim <= 64:
-        wide = Tile(64, 64, 4, 2)
-        return Tiles(CHUNK, SPAN, wide, wide, 32, Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
+        gated = 32 if hopper else 16
+        return Tile(64, 64, 4, 2, 64 if hopper else 32), Tile(64, 64, 4, 2, gated)
     if head_dim <= 128:
-        wide = Tile(128, 64, 8, 3)
-        return Tiles(CHUNK, SPAN, wide, Tile(128, 64, 8, 2), 32, Tile(32, 64, 4, 2), Tile(32, 64, 4, 3))
-    low = Tile(64, 32, 8, 2)
+        if hopper:
+            return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, 16 if two_sums and (odd or head_dim < 128) else 32)
+        return Tile(128, 64, 8, 3, 16 if odd else 32), Tile(64 if odd and two_sums else 128, 64, 8, 2, 16)
+    low = Tile(64, 32, 8, 2, 16)
     if not hopper:
-        return Tiles(CHUNK, SPAN, low, low, 16, Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
-    # Rows, or keys in the key-major kernels, enough for Hopper's products; GPUs before it lack the shared memory.
-    grad_query = low if two_sums else Tile(128, 32, 8, 2)
-    return Tiles(CHUNK, SPAN, Tile(128, 64, 8, 2), grad_query, 16, Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
+        return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 16) if two_sums else low
+    # Rows enough for Hopper's products; GPUs before it lack the shared memory.
+    short = two_sums or (odd and gate == "key_value")
+    return Tile(128, 64, 8, 2, 16 if gate == "key_value" else 32), low if short else Tile(128, 32, 8, 2, 16)
+
+
+def _key_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tuple[Tile, Tile]:
+    """Tiles of `grad_selected` and `grad_window`; rows are at least the query heads of a KV head."""
+    odd = _is_odd(group_size)
+    if group_size > 32:
+        few = Tile(64, 32, 4 if head_dim <= 64 else 8, 2)
+        return few, few
+    if head_dim <= 64:
+        tile = Tile(16 if odd and not hopper else 32, 64, 4, 3)
+        return tile, tile
+    if head_dim <= 128:
+        if group_size > 16 and hopper:
+            return Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)
+        short, tall = Tile(16, 64, 4, 3), Tile(32, 64, 4, 2)
+        window = Tile(32, 64, 4, 3) if not odd else tall if hopper else short
+        return short if odd or head_dim < 128 else tall, window
+    if group_size > 16 or not hopper:
+        return Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
+    # Keys enough for Hopper's products.
+    short, tall = Tile(16, 64, 8, 3), Tile(32, 64, 8, 2)
+    return short if odd or head_dim < 256 or gate == "key_value" else tall, short if odd else tall
