@@ -22,7 +22,8 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropies [b, s] in nats and float32 (float64 for float64 logits); 0 where there is no target.
 
     Of logits in half precision no copy in float32 is made, but for some rows at a time: with a vocabulary of 128,000
-    the three that torch would hold at once were most of the memory of a long shard.
+    the three that torch would hold at once were most of the memory of a long shard. On CUDA DeepSpeed's Triton kernels
+    read them once.
 
     Args:
         logits: [b, s, v].
@@ -30,7 +31,7 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
     """
     rows, targets = logits.flatten(0, 1), labels.flatten()
     if rows.dtype in (torch.float16, torch.bfloat16):
-        each = chunked_cross_entropy(rows, targets, ignore_index=IGNORE, reduction="none", backend="torch")
+        each = chunked_cross_entropy(rows, targets, ignore_index=IGNORE, reduction="none")
     else:
         each = F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="none")
     return each.view(labels.shape)
