@@ -50,6 +50,9 @@ def is_hopper(device: torch.device) -> bool:
 def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool = False, gate: str = "value") -> Tiles:
     """By head width, query heads per KV head, and bytes per element: the largest found that spill no registers.
 
+    One does: `grad_query` of `straight_through` where more than 32 query heads of more than 128 share a KV head, not on
+    Hopper, 40 bytes at most.
+
     Those for half precision on Hopper were timed on one H200 or H100, all others are only known to fit.
 
     Args:
@@ -81,7 +84,7 @@ def _query_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tup
         return Tile(128, 64, 8, 3, 16 if odd else 32), Tile(64 if odd and two_sums else 128, 64, 8, 2, 16)
     low = Tile(64, 32, 8, 2, 16)
     if not hopper:
-        return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 16) if two_sums else low
+        return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 16) if two_sums and group_size <= 32 else low
     # Rows enough for Hopper's products; GPUs before it lack the shared memory.
     short = two_sums or (odd and gate == "key_value")
     return Tile(128, 64, 8, 2, 16 if gate == "key_value" else 32), low if short else Tile(128, 32, 8, 2, 16)
