@@ -108,7 +108,7 @@ def grad_selected_kernel(
     score = tl.load(scores + bg * (S + t) + entry, mask=real, other=0.0)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
-    strides = (g * G, qb, qs, qh)
+    strides = (g, qb, qs, qh)
     state = (tl.zeros([BN, BD], ACC), tl.zeros([BN, BD], ACC), tl.zeros([BN], ACC))
 
     # Tiles before `gated` see all pairs of the block with gate 1, those before `general` see all.
@@ -243,7 +243,7 @@ def grad_window_kernel(
     begin += tl.program_id(1).to(tl.int64) * num_rows
     sum_k = load_rows(rows_k + begin * D, was_selected, D, BD, True)
     sum_v = load_rows(rows_v + begin * D, was_selected, D, BD, True)
-    strides = (g * G, qb, qs, qh)
+    strides = (g, qb, qs, qh)
     state = (sum_k, sum_v, tl.zeros([BN], ACC))
     keys = load_rows(k + batch * kb + head * kg + row.to(tl.int64) * ks, real, D, BD, True)
     values = load_rows(v + batch * vb + head * vg + row.to(tl.int64) * vs, real, D, BD, True)

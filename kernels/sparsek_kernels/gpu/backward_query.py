@@ -106,8 +106,8 @@ def grad_query_kernel(
     """dq, delta [b, h, s], and the sum of each query's gradients of fractional gates [b, g, s].
 
     BG: columns at a time where gates, masks or two accumulators are needed, a divisor of BN. The loops are short of
-    registers. So each result is written when it is known, what later parts need they take anew, and the second loop, with
-    two accumulators or wide heads, holds nothing that it can compute in each step.
+    registers. So each result is written when it is known, what later parts need they take anew, and the first two
+    loops, with two accumulators or wide heads, hold nothing that they can compute in each step.
     """
     tile = tl.program_id(0)
     bg, batch, head = program_of(tl.program_id(1), g)
@@ -132,7 +132,7 @@ def grad_query_kernel(
     if GATE == "none":
         gated = plain
     else:
-        for step in tl.range(0, (gated - plain) // BG):
+        for step in tl.range(0, (gated - plain) // BG, disable_licm=BD > 128):
             entry = tl.load(alive + plain + step * BG + tl.arange(0, BG))
             keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
             gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)

@@ -20,10 +20,11 @@ def query_rows(
     """(q and do [rows, BD], lse and delta [rows]) of a tile, and its queries. Heads that do not exist weigh nothing.
 
     Args:
-        strides: query heads, and strides of q's batches, tokens and heads.
+        strides: KV heads, and strides of q's batches, tokens and heads.
         WHOLE: all queries of the tile exist. Otherwise, no key sees those that do not: the caller masks them.
     """
-    heads, qb, qs, qh = strides
+    g, qb, qs, qh = strides
+    heads = g * G
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
     check: tl.constexpr = not WHOLE or G != GP
     q_rows = q + batch * qb + head * G * qh + (queries.to(tl.int64) * qs + member.to(tl.int64) * qh)
@@ -47,7 +48,8 @@ def whole_query_rows(
 ):  # fmt: skip
     """`query_rows` of a whole tile: what does not change from tile to tile stands apart. Saves a tenth of the window's
     kernel; `grad_selected_kernel`, short of registers, loses as much by it."""
-    heads, qb, qs, qh = strides
+    g, qb, qs, qh = strides
+    heads = g * G
     of_tile, member = tl.arange(0, BQ * GP) // GP, tl.arange(0, BQ * GP) % GP
     first, exists = (tile * BQ).to(tl.int64), member < G
     check: tl.constexpr = G != GP

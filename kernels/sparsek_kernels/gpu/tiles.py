@@ -50,7 +50,10 @@ def is_hopper(device: torch.device) -> bool:
 def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool = False, gate: str = "value") -> Tiles:
     """By head width, query heads per KV head, and bytes per element: the largest found that spill no registers.
 
-    Those for half precision on Hopper were timed on one H200 or H100, all others are only known to fit.
+    One does: `grad_query` of `straight_through` where more than 32 query heads of more than 128 share a KV head, not on
+    Hopper, 40 bytes at most.
+
+    On Hopper, most of those for 64, 128 and 256 with 1, 2 or 4 heads were timed; all others are only known to fit.
 
     Args:
         hopper: whether the GPU is one.
@@ -74,14 +77,15 @@ def _query_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tup
     odd, two_sums = _is_odd(group_size), gate == "straight_through"
     if head_dim <= 64:
         gated = 32 if hopper else 16
-        return Tile(64, 64, 4, 2, 64 if hopper else 32), Tile(64, 64, 4, 2, gated)
+        return Tile(64, 64, 4, 2, 64 if hopper and not odd else 32), Tile(64, 64, 4, 2, gated)
     if head_dim <= 128:
         if hopper:
             return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, 16 if two_sums and (odd or head_dim < 128) else 32)
-        return Tile(128, 64, 8, 3, 16 if odd else 32), Tile(64 if odd and two_sums else 128, 64, 8, 2, 16)
+        rows = 64 if two_sums and (odd or group_size > 16) else 128
+        return Tile(128, 64, 8, 3, 16 if odd else 32), Tile(rows, 64, 8, 2, 16)
     low = Tile(64, 32, 8, 2, 16)
     if not hopper:
-        return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 16) if two_sums else low
+        return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 16) if two_sums and group_size <= 32 else low
     # Rows enough for Hopper's products; GPUs before it lack the shared memory.
     short = two_sums or (odd and gate == "key_value")
     return Tile(128, 64, 8, 2, 16 if gate == "key_value" else 32), low if short else Tile(128, 32, 8, 2, 16)
@@ -91,14 +95,14 @@ def _key_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tuple
     """Tiles of `grad_selected` and `grad_window`; rows are at least the query heads of a KV head."""
     odd = _is_odd(group_size)
     if group_size > 32:
-        few = Tile(64, 32, 4 if head_dim <= 64 else 8, 2)
-        return few, few
+        return Tile(64, 32, 8, 2), Tile(64, 32, 4 if head_dim <= 64 else 8, 2)
     if head_dim <= 64:
         tile = Tile(16 if odd and not hopper else 32, 64, 4, 3)
         return tile, tile
     if head_dim <= 128:
-        if group_size > 16 and hopper:
-            return Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)
+        if group_size > 16:
+            many = Tile(32, 128 if hopper else 32, 8 if hopper else 4, 2)
+            return many, many
         short, tall = Tile(16, 64, 4, 3), Tile(32, 64, 4, 2)
         window = Tile(32, 64, 4, 3) if not odd else tall if hopper else short
         return short if odd or head_dim < 128 else tall, window
