@@ -126,7 +126,7 @@ def grad_selected_kernel(
     if GATE != "none":
         bg, batch, head = program_of(tl.program_id(2) + anew(first_bg, window), g)
         others = anew_strides(strides, window)
-        for step in tl.range(0, general - gated, disable_licm=True):
+        for step in tl.range(0, general - gated, disable_licm=BD > 64):
             rows, queries = query_rows(
                 gated + step, q, grad_out, lse, delta, s, batch, head, others, G, GP, BQ, D, BD, True
             )
@@ -140,7 +140,7 @@ def grad_selected_kernel(
         anew(S, t), window, visible_until, scores, K, CHUNK, SPAN, BN,
     )  # fmt: skip
     last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), general)
-    for step in tl.range(0, last - general, disable_licm=True):
+    for step in tl.range(0, last - general, disable_licm=BD > 64):
         rows, queries = query_rows(
             general + step, q, grad_out, lse, delta, s, batch, head, others, G, GP, BQ, D, BD, False
         )
