@@ -81,6 +81,16 @@ def test_tiles():
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
+def test_head():
+    command = [sys.executable, ROOT / "benchmarks" / "head.py", "--tiny"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, *rows = [line.split() for line in done.stdout.splitlines() if not line.startswith("[")]
+    assert len(rows) == 4
+    assert all(0 <= float(x) < 1e-6 for row in rows for x in row[-2:])
+
+
 def test_two_gpus(tmp_path):
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     corpus.mkdir()
