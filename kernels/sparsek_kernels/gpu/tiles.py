@@ -50,8 +50,8 @@ def is_hopper(device: torch.device) -> bool:
 def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool = False, gate: str = "value") -> Tiles:
     """By head width, query heads per KV head, and bytes per element: the largest found that spill no registers.
 
-    One does: `grad_query` of `straight_through` where more than 32 query heads of more than 128 share a KV head, not on
-    Hopper, 40 bytes at most.
+    Some do: `grad_query` of `straight_through` where more than 32 query heads of more than 128 share a KV head, not on
+    Hopper, 40 bytes at most; and those of float32 above 128 or 16 query heads for a KV head.
 
     On Hopper, most of those for 64, 128 and 256 with 1, 2 or 4 heads were timed; all others are only known to fit.
 
@@ -60,9 +60,10 @@ def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool
         gate: `straight_through` gives `grad_query` two accumulators, `key_value` takes registers everywhere.
     """
     if element_size > 2:
-        narrow = Tile(16, 16, 4, 1)
-        rows = Tile(max(narrow.rows, group_size), narrow.columns, 4, 1)
-        return Tiles(CHUNK, SPAN, rows, rows, rows, rows)
+        rows = max(16, group_size)
+        # Exact products use no tensor cores, and take registers instead: of more warps, where heads are wide.
+        by_query, by_key = Tile(rows, 16, 4 if head_dim <= 64 else 8, 1), Tile(rows, 16, 4, 1)
+        return Tiles(CHUNK, SPAN, by_query, by_query, by_key, by_key)
     by_query = _query_major(head_dim, group_size, hopper, gate)
     return Tiles(CHUNK, SPAN, *by_query, *_key_major(head_dim, group_size, hopper, gate))
 
