@@ -62,10 +62,11 @@ def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool
     if element_size > 2:
         rows = max(16, group_size)
         # Exact products use no tensor cores, and take registers instead: of more warps, where heads are wide.
-        by_query, by_key = Tile(rows, 16, 4 if head_dim <= 64 else 8, 1), Tile(rows, 16, 4, 1)
-        return Tiles(CHUNK, SPAN, by_query, by_query, by_key, by_key)
-    by_query = _query_major(head_dim, group_size, hopper, gate)
-    return Tiles(CHUNK, SPAN, *by_query, *_key_major(head_dim, group_size, hopper, gate))
+        of_queries, of_keys = Tile(rows, 16, 4 if head_dim <= 64 else 8, 1), Tile(rows, 16, 4, 1)
+        return Tiles(CHUNK, SPAN, of_queries, of_queries, of_keys, of_keys)
+    forward, grad_query = _query_major(head_dim, group_size, hopper, gate)
+    grad_selected, grad_window = _key_major(head_dim, group_size, hopper, gate)
+    return Tiles(CHUNK, SPAN, forward, grad_query, grad_selected, grad_window)
 
 
 def _is_odd(group_size: int) -> bool:
