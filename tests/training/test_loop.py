@@ -123,7 +123,7 @@ def _fit(monkeypatch, start: int = 0, **train) -> list[str]:
         Run(
             config=config,
             mesh=Mesh(),
-            engine=SimpleNamespace(device=torch.device("cpu")),
+            engine=SimpleNamespace(device=torch.device("cpu"), optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}])),
             loader=ToyLoader(config),
             log=SimpleNamespace(step=note("log"), figure=note("figure")),
             progress=SimpleNamespace(start=note("start"), step=lambda *args: None),

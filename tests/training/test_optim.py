@@ -12,7 +12,13 @@ from torch import nn
 
 from sparsek_dist.config import Config, OptimizerConfig, TrainConfig
 from sparsek_dist.errors import ConfigError
-from sparsek_dist.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from sparsek_dist.training.optim import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    scorer_learning_rate,
+    set_learning_rate,
+)
 from tests.training.toys import seeded_model
 
 
@@ -69,6 +75,8 @@ def test_a_rate_of_their_own_stays_a_multiple(name) -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5, 5.0]
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125, 1.25]
+    assert scorer_learning_rate(optimizer) == 1.25
+    assert scorer_learning_rate(build_optimizer(seeded_model(scored=True), OptimizerConfig())) is None
 
 
 def test_a_rate_for_scorers_that_do_not_learn_is_refused() -> None:
