@@ -338,7 +338,7 @@ def test_what_a_cell_starts_from_and_the_log_are_waited_for(monkeypatch, tmp_pat
     log = Log(tmp_path / "tiny.jsonl")
     source = cell.source
     assert source
-    monkeypatch.setattr(run, "_dense", lambda cell, study: study.folder(cell).mkdir())
+    monkeypatch.setattr(run, "_train_dense", lambda cell, study: study.folder(cell).mkdir())
     for lock, work, there in (
         (study.lock(source), lambda: prepare(cell, study), study.folder(source)),
         (log.path.with_suffix(".lock"), lambda: log.add(cell, {}, "", study.device, seconds=1), log.path),

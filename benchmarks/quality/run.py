@@ -67,9 +67,8 @@ def prepare(cell: Cell, study: Study) -> None:
     """
     if cell.source is None:
         return
-    prepare(cell.source, study)
     with claimed(study.lock(cell.source), wait=True):
-        _dense(cell.source, study)
+        _train_dense(cell.source, study)
         if cell.distilled and not (path := _fit_path(cell, study)).is_file():
             _save_fit(_fit(cell, study), path)
 
@@ -85,15 +84,23 @@ def run_cell(cell: Cell, study: Study) -> dict[str, Any]:
     return row | {"measure_seconds": time.perf_counter() - began}
 
 
+def _train_dense(cell: Cell, study: Study) -> None:
+    """Trains a model that others start from, if its folder is not there."""
+    folder = study.folder(cell)
+    if folder.is_dir():
+        return
+    prepare(cell, study)
+    model, row = trained(cell, study)
+    unfinished = folder.with_suffix(".unfinished")
+    model.save_pretrained(unfinished)
+    (unfinished / TRAINING).write_text(json.dumps(row))
+    unfinished.rename(folder)
+
+
 def _dense(cell: Cell, study: Study) -> tuple[Any, dict[str, Any]]:
     """A model that others start from: the same for its row and for all of them, whichever came first."""
+    _train_dense(cell, study)
     folder = study.folder(cell)
-    if not folder.is_dir():
-        model, row = trained(cell, study)
-        unfinished = folder.with_suffix(".unfinished")
-        model.save_pretrained(unfinished)
-        (unfinished / TRAINING).write_text(json.dumps(row))
-        unfinished.rename(folder)
     row = json.loads((folder / TRAINING).read_text())
     config = replace(configuration(cell, study), model=ModelConfig(source=str(folder)))
     return _built(config, study, _vocab_size(cell, study)).eval(), row

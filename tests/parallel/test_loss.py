@@ -27,11 +27,12 @@ def test_no_targets_give_zero_loss_and_zero_gradient():
     assert step_targets([torch.full((1, 4), IGNORE)], RankGroup()) == 1
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gives_the_loss_in_float32_without_a_copy_of_all_logits(dtype, monkeypatch):
+def test_half_precision_gives_the_loss_in_float32_without_a_copy_of_all_logits(dtype, device, monkeypatch):
     monkeypatch.setattr(chunked, "_BLOCK_ELEMENTS", 100)
-    logits = (3 * torch.randn(2, 21, 17)).to(dtype).requires_grad_()
-    labels = torch.randint(0, 17, (2, 21))
+    logits = (3 * torch.randn(2, 21, 17)).to(device, dtype).requires_grad_()
+    labels = torch.randint(0, 17, (2, 21), device=device)
     labels[:, ::4] = IGNORE
     exact = logits.detach().double().requires_grad_()
     expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
