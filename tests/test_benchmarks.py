@@ -89,6 +89,9 @@ def test_head():
     _, *rows = [line.split() for line in done.stdout.splitlines() if not line.startswith("[")]
     assert len(rows) == 4
     assert all(0 <= float(x) < 1e-6 for row in rows for x in row[-2:])
+    # Another order of sums: there were tiles.
+    whole, no_copy, *tiles = [float(row[-2]) for row in rows]
+    assert whole == no_copy == 0 < min(tiles)
 
 
 def test_two_gpus(tmp_path):
