@@ -160,8 +160,8 @@ GPU = Scale(
     package_bytes=12_000_000,
     needles=4,
     passkey_samples=16,
-    # The last two are 2 and 5 % of all its bytes, those of `short` counted in.
-    shares=(0.0, 0.01, 0.02, 0.05, 0.07, 0.175),
+    # The last three are 1, 2 and 5 % of all its bytes, those of `short` counted in.
+    shares=(0.0, 0.01, 0.02, 0.05, 0.035, 0.07, 0.175),
     seeds=3,
 )
 
