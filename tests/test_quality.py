@@ -415,7 +415,7 @@ def test_converted_models_are_compared_with_the_dense_ones_that_they_were():
         return row["x"]
 
     rows = [{"task": "text", "kind": "full", "seed": seed, "x": 2.0 + seed} for seed in range(3)]
-    convert = {"task": "convert-text", "kind": "window", "variant": "window", "share": 0.0}
+    convert = {"task": "convert-text", "kind": "window", "variant": "window", "share": 0.175, "scale": "gpu"}
     rows += [{**convert, "seed": seed, "x": 2.5 + seed} for seed in range(2)]
     # One of another session, whose dense model of the seed was another.
     rows += [{**convert, "seed": 2, "x": 5.5, "dense": {"x": 5.0}}]
@@ -425,6 +425,8 @@ def test_converted_models_are_compared_with_the_dense_ones_that_they_were():
     for less, expected in ((True, 0.5), (False, 11.5 / 3)):
         axes = plot_convert(converted, "x", read, less).axes[0]
         assert list(_curves(axes)["window"].get_ydata()) == pytest.approx([expected])
+        # Of all tokens: 84 steps of 65,536, of 480 such and 2,400 of half as many.
+        assert list(_curves(axes)["window"].get_xdata()) == pytest.approx([5.0], rel=1e-3)
     assert list(axes.lines[0].get_ydata()) == pytest.approx([10.0 / 3, 10.0 / 3])
 
 
@@ -436,7 +438,10 @@ def test_a_dense_model_is_trained_where_it_is_missing_and_its_row_tells_of_the_s
     assert cell.source
     folder = study.folder(cell.source)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
-    assert report([cell.as_row() | row], tmp_path, "x").is_file()
+    assert (
+        "Tuned for 50 % of the dense model's training:"
+        in report([cell.as_row() | row | {"scale": "cpu"}], tmp_path, "x").read_text()
+    )
     # Its own row, made later: of what the other started from, not of one trained anew.
     weights = folder / "model.safetensors"
     save_file({name: torch.zeros_like(x) for name, x in load_file(weights).items()}, weights, {"format": "pt"})

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.quality.summary import Read, Row, by_variant, keys_found, less_dense, mean_error, passkey_lengths
+from benchmarks.quality.summary import Read, Row, by_variant, keys_found, less_dense, mean_error, passkey_lengths, tuned
 
 DEFAULT = "sparsek, value, std 1, slope 4"
 FIRST_POSITION = 32
@@ -86,13 +86,13 @@ def plot_convert(rows: Sequence[Row], label: str, read: Read, less: bool) -> Fig
     variants = by_variant(rows)
     others = [variant for variant in variants if variant not in KINDS]
     for variant, mine in variants.items():
-        shares = sorted({row["share"] for row in mine})
-        found = {(row["seed"], row["share"]): shown(row) for row in mine}
+        shares = sorted({tuned(row) for row in mine})
+        found = {(row["seed"], tuned(row)): shown(row) for row in mine}
         seeds = sorted({row["seed"] for row in mine})
         curves = [[found.get((seed, share), math.nan) for share in shares] for seed in seeds]
         places = [100 * share for share in shares]
         _curve(axes, places, curves, variant, logarithmic=False, colour=_colour(variant, others))
-    axes.set(xlabel="tuning, in % of the dense model's training", ylabel=label)
+    axes.set(xlabel="tuning, in % of all that the dense model was trained on", ylabel=label)
     _legend(axes)
     return figure
 

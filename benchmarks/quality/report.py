@@ -18,6 +18,7 @@ from benchmarks.quality.summary import (
     less_dense,
     mean_error,
     paired,
+    tuned,
     with_dense,
 )
 
@@ -67,12 +68,15 @@ def _tables(task: str, rows: Sequence[Row], metrics: Sequence[Metric]) -> list[s
     """One table; of converted models one per share of tuning."""
     if not task.startswith("convert-"):
         return [_table(rows, metrics)]
-    shares = sorted({row["share"] for row in rows})
-    return [
-        f"Tuned for {share:.0%} of the dense model's training:\n\n"
-        + _table([row for row in rows if row["share"] == share], metrics)
-        for share in shares
-    ]
+    shares: dict[float, list[Row]] = {}
+    for row in sorted(rows, key=tuned):
+        shares.setdefault(row["share"], []).append(row)
+    return [f"{_tuning(share, mine[0])}:\n\n{_table(mine, metrics)}" for share, mine in shares.items()]
+
+
+def _tuning(share: float, row: Row) -> str:
+    last = f"Tuned for {100 * share:g} % of the dense model's"
+    return f"{last} training" if tuned(row) == share else f"{last} last training, {tuned(row):.1%} of all of it"
 
 
 def _table(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:

@@ -34,6 +34,11 @@ class Task:
         return list(zip(ends, [*(length for length, _ in self.growth), self.length], strict=True))
 
     @property
+    def tokens(self) -> int:
+        """Of the whole training; shorter contexts do not change how many a step has."""
+        return self.steps * self.batch * self.length
+
+    @property
     def distances(self) -> list[int]:
         """1x to 16x the window."""
         return [self.window * 2**i for i in range(5)]
@@ -61,6 +66,10 @@ class Scale:
     def task(self, base: str) -> Task:
         """Of `recall`, `short` or `text`."""
         return {"recall": self.recall, "short": self.short, "text": self.text}[base]
+
+    def tuned(self, base: str, share: float) -> float:
+        """A share of a dense model's last training as one of all that it was trained on, `short` counted in."""
+        return share * self.text.tokens / (self.short.tokens + self.text.tokens) if base == "text" else share
 
     @property
     def passkey_lengths(self) -> list[int]:

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.quality.scales import SCALES
+
 Row = dict[str, Any]
 Read = Callable[[Row], float]
 """How to read a number off a finished cell; NaN where it has none."""
@@ -52,6 +54,11 @@ def _with_dense(row: Row, dense: Row | None) -> Row:
 def less_dense(read: Read) -> Read:
     """A number of a converted model, less that of the dense one that it was; NaN where that is not known."""
     return lambda row: read(row) - read(row["dense"]) if "dense" in row else math.nan
+
+
+def tuned(row: Row) -> float:
+    """Tuning of a converted cell, as a share of all tokens that its dense model was trained on."""
+    return SCALES[row["scale"]].tuned(row["task"].removeprefix("convert-"), row["share"])
 
 
 def layers(row: Row, name: str) -> list[float]:
