@@ -64,6 +64,13 @@ def measure(bench: Bench, shapes: list[Shape]) -> None:
         bench.save()
 
 
+def complete(bench: Bench, others: list[Shape]) -> None:
+    """The lengths that only a full table needs, of the other shapes."""
+    for shape in others:
+        for n in REST:
+            both(bench, shape, n)
+
+
 def both(bench: Bench, shape: Shape, n: int) -> None:
     """SPARSEK and cuDNN at one length, unless they were measured before."""
     measured = {(row.shape, row.method, row.length, row.scores) for row in bench.rows}
@@ -105,6 +112,7 @@ def main() -> None:
         measure(bench, shapes)
         # Other gates are other kernels: half a minute each to compile, so the times come first.
         check(bench, after)
+        complete(bench, shapes[1:])
     report(bench, shapes)
     report_scores(bench, shapes)
     for shape in first_budgets(shapes):

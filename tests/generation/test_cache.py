@@ -89,6 +89,20 @@ def test_greedy_far_beyond_the_budget_equals_recomputation():
     assert len(cached[0].unique()) > 3
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_family_writes_what_it_would_without_a_cache_in_the_same_memory(name):
+    """200 greedy tokens held against one pass over all of them, which no later token changes."""
+    model, prompt = _model(name), tokens(20, batch=1)
+    told = _generate(model, prompt, max_new_tokens=200, return_dict_in_generate=True, output_logits=True)
+    logits = model(told.sequences, use_cache=False).logits[:, 19:-1]
+    assert torch.equal(told.sequences[:, 20:], logits.argmax(dim=-1))
+    # Some repeat one token, which is no evidence by itself. generate() rounds logits to float32.
+    torch.testing.assert_close(torch.stack(told.logits, dim=1).double(), logits, rtol=1e-5, atol=1e-5)
+    begun = model(prompt, use_cache=True).past_key_values
+    assert cache_bytes(told.past_key_values) == cache_bytes(begun) > 0
+
+
 def test_sampling_depends_on_the_seed_as_without_a_cache():
     model, texts = _model("qwen3"), []
     for cached in (True, False):
