@@ -101,7 +101,8 @@ def sparsek_rows(cells: Grid) -> Iterator[Row]:
             for batch in cells.batches:
                 yield sparsek_row(heads, batch, budget, last)
             for batch in sorted({cells.batches[0], cells.batches[-1]}):
-                yield sparsek_row(heads, batch, budget, last, "key_value")
+                for gate in ("straight_through", "key_value"):
+                    yield sparsek_row(heads, batch, budget, last, gate)
     yield from tried(cells.shapes[0], cells.budgets[0], cells.batches, last)
 
 

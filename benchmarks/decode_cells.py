@@ -108,7 +108,7 @@ def number_of_steps(size: int) -> int:
 
 
 def sparsek_row(
-    heads: Heads, batch: int, budget: int, context: int, gate: str = "straight_through", prefilled: bool = False
+    heads: Heads, batch: int, budget: int, context: int, gate: str = "value", prefilled: bool = False
 ) -> Row:
     """Prefilled: after real tokens of random scores, and a token that is admitted as seldom as they are."""
     size = cache_bytes(heads, batch, 2 * budget)
@@ -139,7 +139,7 @@ def tried(heads: Heads, budget: int, batches: list[int], context: int) -> list[R
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(100):
-        decode_step(**token, state=state, gate="straight_through")
+        decode_step(**token, state=state, gate="value")
     torch.cuda.synchronize()
     each = (time.perf_counter() - start) / 100
     return [*rows, Row(heads.name, 1, "tried: no graph", context, 1e6 * each, note="bound by the host")]

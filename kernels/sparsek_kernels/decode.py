@@ -49,6 +49,7 @@ def decode_step(
 
     Shapes and addresses never change and nothing waits for the device, so a step can be captured in a CUDA graph. For
     the same reason scores are checked on CPU only: on a GPU a NaN or infinite score makes the output of its heads NaN.
+    With the kernel, torch.compile takes a step as one operator, `sparsek::decode_step`.
 
     Args:
         query: [b, 1, h, d].
@@ -70,6 +71,10 @@ def decode_step(
         raise ValueError(f"query holds {query.shape[1]} tokens: decode_step takes one, extend takes more")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if _implementation(backend, query, state) == "triton":
+        if torch.compiler.is_compiling():
+            from sparsek_kernels.gpu.ops import decode_op
+
+            return decode_op(query, key, value, scores, *state.tensors().values(), state.window, gate, scale)
         from sparsek_kernels.gpu.decode import decode_step_triton
 
         return decode_step_triton(query, key, value, scores, state, gate=gate, scale=scale)

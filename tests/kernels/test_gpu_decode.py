@@ -13,6 +13,7 @@ from sparsek_kernels import sparsek_attention
 from sparsek_kernels.decode import decode_step, extend, prefill
 from sparsek_kernels.decode_state import DecodeState, empty_state
 from sparsek_kernels.gpu import decode as kernel
+from sparsek_kernels.gpu.ops import decode_op
 from tests.kernels.cases import GATES, Case
 from tests.kernels.compile_only import compile_kernel
 from tests.kernels.test_decode import assert_same_past, inputs_of, pieces, sizes_of, without_query
@@ -218,3 +219,25 @@ def test_a_captured_graph_decodes(dtype: torch.dtype, gate: str) -> None:
         graph.replay()
         torch.testing.assert_close(out[:, 0].double(), expected[:, 10 + step], rtol=2e-2, atol=1e-2)
     assert state.length.tolist() == [400, 400]
+
+
+@pytest.mark.parametrize("gate", ["value", "key_value"])
+def test_a_step_compiles_as_one_graph(gate: str) -> None:
+    case = Case("gpu_compile", num_selected=6, window=5, b=1, h=2, g=1, d=16)
+    tail, found, expected = two_equal_states(case, 20)
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    step = torch.compile(decode_step, fullgraph=True, backend=backend)
+    for piece in list(pieces(tail, list(range(1, 4))))[:3]:
+        out = step(**piece, state=found, gate=gate, backend="triton")
+        torch.testing.assert_close(
+            out, decode_step(**piece, state=expected, gate=gate, backend="torch"), rtol=0, atol=3e-6
+        )
+        assert_same_past(found, expected)
+
+
+def test_the_step_is_an_operator_as_torch_expects_them() -> None:
+    case = Case("gpu_opcheck", num_selected=6, window=5, b=1, h=2, g=1, d=16)
+    tail, state, _ = two_equal_states(case, 20)
+    token = next(iter(pieces(tail, [1])))
+    tensors = (*(token[name] for name in ("query", "key", "value", "scores")), *state.tensors().values())
+    torch.library.opcheck(decode_op, (*tensors, state.window, "value", 0.25))

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from sparsek_kernels.budget import Budget
 from sparsek_kernels.carry import Best, Carry
+from sparsek_kernels.decode_state import DecodeState
 from sparsek_kernels.gpu import attention as kernels
 from sparsek_kernels.gpu.call import new_call, on_device_of
+from sparsek_kernels.gpu.decode import decode_step_triton
 from sparsek_kernels.gpu.selection import select_gpu
 from sparsek_kernels.gpu.tiles import tiles_for
 from sparsek_kernels.selection import Selection
@@ -159,3 +161,29 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 attention_op.register_autograd(_backward, setup_context=_save)
+
+
+WRITTEN = (
+    "past_key", "past_value", "past_scores", "selected_positions", "support_scores", "support_positions", "length",
+    "arrivals",
+)  # fmt: skip
+"""What a step changes of the state: all of its tensors but `document_start`."""
+
+
+@torch.library.custom_op("sparsek::decode_step", mutates_args=WRITTEN)
+def decode_op(
+    query: Tensor, key: Tensor, value: Tensor, scores: Tensor, past_key: Tensor, past_value: Tensor,
+    past_scores: Tensor, selected_positions: Tensor, support_scores: Tensor, support_positions: Tensor, length: Tensor,
+    document_start: Tensor, arrivals: Tensor, window: int, gate: str, scale: float,
+) -> Tensor:  # fmt: skip
+    """`decode_step_triton`, for torch.compile: outside of it a call of that costs the host less."""
+    state = DecodeState(
+        past_key, past_value, past_scores, selected_positions, support_scores, support_positions, length,
+        document_start, arrivals, window,
+    )  # fmt: skip
+    return decode_step_triton(query, key, value, scores, state, gate=gate, scale=scale)
+
+
+@decode_op.register_fake
+def _(query, *rest):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
