@@ -105,21 +105,37 @@ def test_every_gate(gate: str) -> None:
         assert (gate == "none" and name == "dscores") or tensor.abs().max() > 1e-2, name
 
 
-@pytest.mark.parametrize("gate", ["key_value", "straight_through"])
-def test_shards_equal_the_whole(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a halo and a carry: what a sequence-parallel rank runs."""
+def in_shards(case: Case, borders: list[int], gate: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """With a halo and a carry: what sequence-parallel ranks run."""
     from tests.kernels import test_shards
 
     monkeypatch.setattr(
         test_shards, "shard_attention", lambda *args, **settings: shard_attention(*args, backend="triton", **settings)
     )
-    case = Case("shards", s=90, num_selected=6, window=5, h=4, g=2, d=4, documents="random", b=1)
     inputs = {name: x.detach().to(DEVICE, DTYPE).requires_grad_() for name, x in case.inputs().items()}
-    output = test_shards.attend_in_shards(inputs, [33, 60], case, 24, gate)
+    output = test_shards.attend_in_shards(inputs, borders, case, 24, gate)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(11)).to(output)
     gradients = torch.autograd.grad(output, list(inputs.values()), upstream)
-    found = {"output": output.detach(), **dict(zip(("dquery", "dkey", "dvalue", "dscores"), gradients, strict=True))}
-    assert_close(found, expected_of(case, gate))
+    return {"output": output.detach(), **dict(zip(("dquery", "dkey", "dvalue", "dscores"), gradients, strict=True))}
+
+
+@pytest.mark.parametrize("gate", ["key_value", "straight_through"])
+def test_shards_equal_the_whole(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("shards", s=90, num_selected=6, window=5, h=4, g=2, d=4, documents="random", b=1)
+    assert_close(in_shards(case, [33, 60], gate, monkeypatch), expected_of(case, gate))
+
+
+def test_more_heads_than_a_tile_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles share a query: the last of them has rows that are no head's."""
+    heads = 20
+    if not ON_GPU:
+        heads, tile = 6, Tile(rows=4, columns=8, warps=4, stages=1)
+        tiles = Tiles(chunk=32, span=64, forward=tile, grad_query=tile, grad_selected=tile, grad_window=tile)
+        for module in (call, ops):
+            monkeypatch.setattr(module, "tiles_for", lambda *_, **__: tiles)
+    case = Case("many_heads", s=36, num_selected=12, window=12, h=heads, g=1, d=4, b=1)
+    gate = "straight_through"
+    assert_close(in_shards(case, [21], gate, monkeypatch), expected_of(case, gate))
 
 
 @pytest.mark.parametrize("heads", [1, 3])

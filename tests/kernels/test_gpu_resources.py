@@ -17,7 +17,7 @@ SUMS = {
     "sum_rows_kernel", "total_rows_kernel", "place_rows_kernel", "total_shares_kernel", "run_shares_kernel",
     "grad_scores_kernel",
 }  # fmt: skip
-QUICK = [(128, 4, "bfloat16", 90, "straight_through", "")]
+QUICK = [(128, 4, "bfloat16", 90, "straight_through", ""), (64, 20, "float32", 80, "straight_through", "")]
 SLOW = [
     (128, 4, "bfloat16", 80, "straight_through", ""), (128, 4, "bfloat16", 90, "key_value", "carry"),
     (128, 1, "float16", 90, "value", "carry"), (64, 1, "bfloat16", 90, "straight_through", ""),
@@ -31,6 +31,11 @@ SLOW = [
     (256, 1, "float16", 90, "key_value", "carry"), (160, 5, "bfloat16", 90, "key_value", "carry"),
     (128, 64, "float16", 90, "key_value", "carry"), (80, 5, "bfloat16", 80, "straight_through", "carry"),
     (64, 3, "float16", 80, "straight_through", "carry"), (192, 3, "bfloat16", 80, "straight_through", "carry"),
+    (192, 33, "bfloat16", 80, "straight_through", ""), (256, 64, "float16", 80, "straight_through", "carry"),
+    (160, 16, "bfloat16", 80, "none", ""), (256, 4, "float32", 80, "value", "carry"),
+    (256, 12, "float32", 90, "straight_through", "carry"), (192, 3, "float32", 90, "key_value", ""),
+    (64, 32, "float32", 90, "value", "carry"), (128, 64, "float32", 80, "straight_through", "carry"),
+    (256, 64, "float32", 80, "key_value", ""), (80, 16, "float32", 80, "key_value", ""),
 ]  # fmt: skip
 
 

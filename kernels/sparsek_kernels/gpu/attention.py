@@ -18,6 +18,8 @@ from sparsek_kernels.gpu.score_gradient import score_gradient
 
 ROWS_AT_ONCE = 16
 """Partial rows of a pair that are added in one step; a power of two."""
+SUM_REGISTERS = 128
+"""Most of a thread that adds them: not told, the assembler may take fewer than it needs."""
 ROWS_BYTES = 1 << 28
 """Memory that the rows of the key-major backward may take; one KV head's rows are taken in any case."""
 
@@ -31,7 +33,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         forward_on_hopper(call, out, lse)
         return out, lse
     constants = call.constants(call.tiles.forward)
-    forward_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
+    forward_kernel[(call.num_tiles(constants), b * g)](
         *call.forward_tables(), out, lse, *call.numbers(), GATE=call.forward_gate, BG=call.tiles.forward.at_once,
         **call.query_constants(), **constants,
     )  # fmt: skip
@@ -45,10 +47,11 @@ def backward(
     b, s, h, d, t, g, support = call.sizes
     gate = "value" if call.gate == "straight_through" else call.gate
     grad_out = grad_out.contiguous()
-    delta, grad_sums = torch.empty_like(lse), torch.empty(b, g, s, dtype=lse.dtype, device=lse.device)
-    grad_query = torch.empty(b, s, h, d, dtype=call.query.dtype, device=lse.device)
     constants = call.constants(call.tiles.grad_query)
-    grad_query_kernel[(triton.cdiv(s, constants["BQ"]), b * g)](
+    parts = triton.cdiv(h // g, constants["GP"])
+    delta, grad_sums = torch.empty_like(lse), torch.empty(b, g, parts, s, dtype=lse.dtype, device=lse.device)
+    grad_query = torch.empty(b, s, h, d, dtype=call.query.dtype, device=lse.device)
+    grad_query_kernel[(call.num_tiles(constants), b * g)](
         *call.query_tables(gate, call.scores), out, grad_out, lse, delta, grad_sums, grad_query, *call.numbers(),
         GATE=gate, STRAIGHT=call.gate == "straight_through", BG=call.tiles.grad_query.at_once,
         **call.query_constants(), **constants,
@@ -64,7 +67,7 @@ def backward(
         grad_scores, grad_carry_scores = score_gradient(
             grad_u,
             layout.first_row,
-            grad_sums,
+            grad_sums.sum(2) if parts > 1 else grad_sums[:, :, 0],
             num_fractional.contiguous(),
             (call.fractional_from, fractional_until.contiguous()),
             t,
@@ -94,7 +97,7 @@ def _grad_keys(
                 rows_key, rows_value, rows_u, layout.first_row, layout.chosen, layout.num_before, grad_u, *carried,
                 num_carried, support, t, layout.num_rows, first, call.scale2,
                 D=d, BD=max(16, triton.next_power_of_2(d)), ROWS=ROWS_AT_ONCE, HAS_GATE=gate != "none",
-                ACC=call.constants(tiles.grad_window)["ACC"], num_warps=4,
+                ACC=call.constants(tiles.grad_window)["ACC"], num_warps=4, maxnreg=SUM_REGISTERS,
             )  # fmt: skip
         constants = call.constants(tiles.grad_window, key_major=True)
         grad_window_kernel[(triton.cdiv(t, constants["BN"]), count)](

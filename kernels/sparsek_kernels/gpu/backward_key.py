@@ -112,12 +112,13 @@ def grad_selected_kernel(
     state = (tl.zeros([BN, BD], ACC), tl.zeros([BN, BD], ACC), tl.zeros([BN], ACC))
 
     # Tiles before `gated` see all pairs of the block with gate 1, those before `general` see all.
-    first = tl.min(joined, 0) // BQ
-    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), first)
+    PARTS: tl.constexpr = tl.cdiv(G, GP)
+    first = tl.min(joined, 0) // BQ * PARTS
+    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ) * PARTS, first)
     plain = tl.min(tl.load(fractional_from + bg * (S + t) + entry, mask=real, other=s), 0)
     seen = tl.min(tl.where(real, until, high), 0)
-    general = tl.where(block < num_blocks, tl.maximum(tl.minimum(seen // BQ, last), first), first)
-    gated = tl.maximum(tl.minimum(plain // BQ, general), first)
+    general = tl.where(block < num_blocks, tl.maximum(tl.minimum(seen // BQ * PARTS, last), first), first)
+    gated = tl.maximum(tl.minimum(plain // BQ * PARTS, general), first)
     # Loops begin at 0: with a bound that depends on data the compiler does not pipeline the loads. The later ones are
     # short of registers: what does not change from tile to tile they compute in each, rather than spill it.
     for step in tl.range(0, gated - first):
@@ -139,7 +140,7 @@ def grad_selected_kernel(
         anew(block, t), anew(span, t), bg, alive, chosen, num_before, num_chunks, num_spans, num_blocks, s, t,
         anew(S, t), window, visible_until, scores, K, CHUNK, SPAN, BN,
     )  # fmt: skip
-    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), general)
+    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ) * PARTS, general)
     for step in tl.range(0, last - general, disable_licm=BD > 64):
         rows, queries = query_rows(
             general + step, q, grad_out, lse, delta, s, batch, head, others, G, GP, BQ, D, BD, False
@@ -248,12 +249,13 @@ def grad_window_kernel(
     keys = load_rows(k + batch * kb + head * kg + row.to(tl.int64) * ks, real, D, BD, True)
     values = load_rows(v + batch * vb + head * vg + row.to(tl.int64) * vs, real, D, BD, True)
 
-    first = tl.maximum(block * BN - halo, 0) // BQ
-    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ), first)
+    PARTS: tl.constexpr = tl.cdiv(G, GP)
+    first = tl.maximum(block * BN - halo, 0) // BQ * PARTS
+    last = tl.maximum(tl.cdiv(tl.max(until, 0), BQ) * PARTS, first)
     newest = tl.maximum(tl.minimum(block * BN + BN, t) - 1 - halo, 0)
     # Tiles [begin, end): every query sees every key of the block.
-    begin = tl.minimum(tl.maximum(tl.cdiv(newest, BQ), first), last)
-    end = tl.minimum(tl.maximum(tl.min(tl.where(real, until, s), 0) // BQ, begin), last)
+    begin = tl.minimum(tl.maximum(tl.cdiv(newest, BQ) * PARTS, first), last)
+    end = tl.minimum(tl.maximum(tl.min(tl.where(real, until, s), 0) // BQ * PARTS, begin), last)
     for step in tl.range(0, end - begin, disable_licm=BD > 128):
         rows = whole_query_rows(begin + step, q, grad_out, lse, delta, s, batch, head, strides, G, GP, BQ, D, BD)
         state = _accumulate(keys, values, rows, scale, 1.0, 1, state, "none", False, ACC, PRECISION)

@@ -18,6 +18,7 @@ from sparsek_kernels.gpu.columns import (
     num_general,
     pairs_of,
     program_of,
+    row_products,
     tile_columns,
     tile_rows,
     window_columns,
@@ -37,8 +38,8 @@ def _accumulate(
     """
     q_tile, do_tile, lse_row = rows
     grad_q, mean_k, delta_row, sums = state
-    logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION) * scale
-    gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
+    logits = row_products(q_tile, keys, ACC, PRECISION) * scale
+    gain = row_products(do_tile, values, ACC, PRECISION)
     weights = tl.exp2((logits * gate if GATE == "key_value" else logits) - lse_row[:, None])
     if MASK:
         weights = tl.where(visible, weights, 0.0)
@@ -66,8 +67,8 @@ def _accumulate(
 def _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """Adds columns without mask or gate to dq."""
     q_tile, do_tile, lse_row = rows
-    logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
-    gain = tl.dot(do_tile, tl.trans(values), out_dtype=ACC, input_precision=PRECISION)
+    logits = row_products(q_tile, keys, ACC, PRECISION)
+    gain = row_products(do_tile, values, ACC, PRECISION)
     weights = tl.exp2(logits * scale - lse_row[:, None]) * (gain - delta_row[:, None])
     return tl.dot(weights.to(keys.dtype), keys, grad, out_dtype=ACC, input_precision=PRECISION)
 
@@ -88,11 +89,13 @@ def _store_tile(
 
 @triton.jit
 def _store_sums(tile, pair, sums, grad_sums, s, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
-    """Writes the sums over the heads of each of a tile's queries."""
+    """Writes the sums over the tile's heads for each of its queries."""
+    PARTS: tl.constexpr = tl.cdiv(G, GP)
     _queries, _member, exists = tile_rows(tile, s, G, GP, BQ)
-    first = tile * BQ + tl.arange(0, BQ)
+    first = tile // PARTS * BQ + tl.arange(0, BQ)
     per_query = tl.sum(tl.reshape(tl.where(exists, sums, 0.0), (BQ, GP)), 1)
-    tl.store(grad_sums + pair.to(tl.int64) * s + first, per_query, mask=first < s)
+    place = pair.to(tl.int64) * PARTS + tile % PARTS
+    tl.store(grad_sums + place * s + first, per_query, mask=first < s)
 
 
 @triton.jit
@@ -103,13 +106,15 @@ def grad_query_kernel(
     CHUNK: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, GATE: tl.constexpr,
     STRAIGHT: tl.constexpr, HAS_CARRY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta [b, h, s], and the sum of each query's gradients of fractional gates [b, g, s].
+    """dq, delta [b, h, s], and the sum of each query's gradients of fractional gates [b, g, G / GP rounded up, s].
 
     BG: columns at a time where gates, masks or two accumulators are needed, a divisor of BN. The loops are short of
     registers. So each result is written when it is known, what later parts need they take anew, and the first two
     loops, with two accumulators or wide heads, hold nothing that they can compute in each step.
     """
+    PARTS: tl.constexpr = tl.cdiv(G, GP)
     tile = tl.program_id(0)
+    query_tile = tile // PARTS
     bg, batch, head = program_of(tl.program_id(1), g)
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
     q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
@@ -124,7 +129,7 @@ def grad_query_kernel(
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
     alive, count, plain, gated, middle, num_middle, oldest = tile_columns(
-        tile, alive + bg * num_chunks * K, fractional_from + bg * (S + t), visible_until,
+        query_tile, alive + bg * num_chunks * K, fractional_from + bg * (S + t), visible_until,
         document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BG,
     )  # fmt: skip
     rows = (q_tile, do_tile, lse_row)
@@ -138,7 +143,7 @@ def grad_query_kernel(
             gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)
             state = _accumulate(rows, keys, values, gate, 1, scale, state, GATE, STRAIGHT, False, ACC, PRECISION)
     queries, member, exists = tile_rows(anew(tile, window), s, G, GP, BQ)
-    end = num_general(count - gated, oldest, num_middle, tile, s, BQ)
+    end = num_general(count - gated, oldest, num_middle, query_tile, s, BQ)
     for low in tl.range(0, end, BG, disable_licm=BD > 128 or STRAIGHT):
         real, entry, position, until = general_entries(
             low + tl.arange(0, BG), end, alive + gated, count - gated, oldest, middle, num_middle, S + t - s, S,
@@ -162,7 +167,9 @@ def grad_query_kernel(
         grad -= delta_row[:, None] * mean_k
     rows = (q_tile, do_tile, lse_row)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
-    middle, num_middle, oldest = window_columns(new_tile, document_start + batch * s, s, t - s, window, CHUNK, BQ, BN)
+    middle, num_middle, oldest = window_columns(
+        new_tile // PARTS, document_start + batch * s, s, t - s, window, CHUNK, BQ, BN
+    )  # fmt: skip
     for low in tl.range(0, num_middle, BN):
         keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
         grad = _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC, PRECISION)

@@ -83,8 +83,8 @@ class Call:
     def constants(self, tile: Tile, *, key_major: bool = False) -> dict[str, Any]:
         """The constexpr arguments and launch options of one kernel."""
         _, _, h, d, _, g, _ = self.sizes
-        group = triton.next_power_of_2(h // g)
-        queries = max(1, tile.rows // group)
+        group = min(triton.next_power_of_2(h // g), tile.rows)
+        queries = tile.rows // group
         return {
             "G": h // g,
             "GP": group,
@@ -96,7 +96,12 @@ class Call:
             "PRECISION": "ieee",
             "num_warps": tile.warps,
             "num_stages": tile.stages,
+            "maxnreg": tile.registers,
         }
+
+    def num_tiles(self, constants: dict[str, Any]) -> int:
+        """Tiles of rows of one KV head: those of queries, as often as the query heads need."""
+        return triton.cdiv(self.query.shape[1], constants["BQ"]) * triton.cdiv(constants["G"], constants["GP"])
 
     @property
     def has_carry(self) -> bool:

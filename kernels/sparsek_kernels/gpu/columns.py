@@ -1,7 +1,9 @@
 """The columns of one tile of queries, as device functions that the forward and the query-major backward share.
 
-A tile is BQ neighbouring queries of one KV head with their G query heads: BQ * G rows of one matrix product. It belongs
-to a chunk of queries, for which `alive` lists the selected pairs, best first. It sees four kinds of columns:
+A tile is BQ neighbouring queries of one KV head with GP of its query heads: BQ * GP rows of one matrix product. Where
+GP, a power of two, is below G, the next tiles are the same queries with the next heads: `tile_rows` is told the tile,
+what concerns queries alone the tile of queries. A tile belongs to a chunk of queries, for which `alive` lists the
+selected pairs, best first. It sees four kinds of columns:
 
     middle:   keys in the window of every query of the tile, one after the other in memory
     plain:    a beginning of `alive` that every query of the tile sees with gate 1
@@ -23,13 +25,12 @@ BEFORE_ALL = tl.constexpr(ANYWHERE)
 
 @triton.jit
 def tile_rows(tile, s, G: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr):
-    """Queries [BQ * GP] of the rows of a tile, the head of each within its group, and which rows exist.
-
-    GP is G rounded up to a power of two.
-    """
+    """Queries [BQ * GP] of the rows of a tile, the head of each within its group, and which rows exist."""
+    PARTS: tl.constexpr = tl.cdiv(G, GP)
     rows = tl.arange(0, BQ * GP)
-    queries = tile * BQ + rows // GP
-    return queries, rows % GP, (queries < s) & (rows % GP < G)
+    queries = tile // PARTS * BQ + rows // GP
+    member = tile % PARTS * GP + rows % GP
+    return queries, member, (queries < s) & (member < G)
 
 
 @triton.jit
@@ -148,6 +149,21 @@ def load_neighbours(first, pairs, D: tl.constexpr, BD: tl.constexpr, BN: tl.cons
     key_at = key + first.to(tl.int64) * key_stride + rows * key_stride
     value_at = value + first.to(tl.int64) * value_stride + rows * value_stride
     return load_rows(key_at, rows, D, BD, False), load_rows(value_at, rows, D, BD, False)
+
+
+@triton.jit
+def row_products(rows, columns, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """Products [M, N] of a tile's rows [M, BD] and columns [N, BD].
+
+    Exact products are sums that a thread adds up alone, of numbers from shared memory, those of the first factor first.
+    The rows lie there since before the loop. As the first factor they would be loaded before all threads wait for the
+    columns to lie there, too, and be held in registers meanwhile; as the second, both are loaded as they are needed.
+    """
+    if rows.dtype.primitive_bitwidth > 16:
+        products = tl.trans(tl.dot(columns, tl.trans(rows), out_dtype=ACC, input_precision=PRECISION))
+    else:
+        products = tl.dot(rows, tl.trans(columns), out_dtype=ACC, input_precision=PRECISION)
+    return products
 
 
 @triton.jit

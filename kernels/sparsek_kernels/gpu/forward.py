@@ -12,6 +12,7 @@ from sparsek_kernels.gpu.columns import (
     num_general,
     pairs_of,
     program_of,
+    row_products,
     tile_columns,
     tile_rows,
 )
@@ -47,24 +48,25 @@ def forward_kernel(
     BG: columns at a time where gates or masks are needed, a divisor of BN.
     """
     tile = tl.program_id(0)
+    query_tile = tile // tl.cdiv(G, GP)
     bg, batch, head = program_of(tl.program_id(1), g)
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
     q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
     visible_until, scores = visible_until + bg * (S + t), scores + bg * (S + t)
     alive, count, plain, gated, middle, num_middle, oldest = tile_columns(
-        tile, alive + bg * num_chunks * K, fractional_from + bg * (S + t), visible_until,
+        query_tile, alive + bg * num_chunks * K, fractional_from + bg * (S + t), visible_until,
         document_start + batch * s, s, t - s, window, K, KP, CHUNK, BQ, BN, BG,
     )  # fmt: skip
     state = (tl.full([BQ * GP], LOWEST, ACC), tl.zeros([BQ * GP], ACC), tl.zeros([BQ * GP, BD], ACC))
     for low in tl.range(0, num_middle, BN):
         keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
-        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
+        logits = row_products(q_tile, keys, ACC, PRECISION)
         state = _accumulate(logits, scale, values, 1.0, state, False, ACC, PRECISION)
     for low in tl.range(0, plain, BN):
         entry = tl.load(alive + low + tl.arange(0, BN))
         keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
-        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
+        logits = row_products(q_tile, keys, ACC, PRECISION)
         state = _accumulate(logits, scale, values, 1.0, state, False, ACC, PRECISION)
     tau_row = tl.load(tau + bg * s + queries, mask=exists, other=0.0)
     if GATE == "none":
@@ -73,21 +75,21 @@ def forward_kernel(
         for step in tl.range(0, (gated - plain) // BG):
             entry = tl.load(alive + plain + step * BG + tl.arange(0, BG))
             keys, values = load_pairs(entry, entry, pairs, D, BD, HAS_CARRY, False)
-            logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
+            logits = row_products(q_tile, keys, ACC, PRECISION)
             gate = tl.clamp(tl.load(scores + entry)[None, :] - tau_row[:, None], 0.0, 1.0)
             if GATE == "key_value":
                 logits *= gate
             state = _accumulate(logits, scale, values, gate, state, True, ACC, PRECISION)
     # The loops are short of registers: what the last one and the end need, they take anew.
     queries, member, exists = tile_rows(anew(tile, window), s, G, GP, BQ)
-    end = num_general(count - gated, oldest, num_middle, tile, s, BQ)
+    end = num_general(count - gated, oldest, num_middle, query_tile, s, BQ)
     for low in tl.range(0, end, BG):
         real, entry, position, until = general_entries(
             low + tl.arange(0, BG), end, alive + gated, count - gated, oldest, middle, num_middle, S + t - s, S,
             visible_until,
         )  # fmt: skip
         keys, values = load_pairs(entry, real, pairs, D, BD, HAS_CARRY, True)
-        logits = tl.dot(q_tile, tl.trans(keys), out_dtype=ACC, input_precision=PRECISION)
+        logits = row_products(q_tile, keys, ACC, PRECISION)
         gate = 1.0
         if GATE != "none":
             score = tl.load(scores + entry, mask=real, other=0.0)

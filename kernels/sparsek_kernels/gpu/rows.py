@@ -26,7 +26,7 @@ def query_rows(
     g, qb, qs, qh = strides
     heads = g * G
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
-    check: tl.constexpr = not WHOLE or G != GP
+    check: tl.constexpr = not WHOLE or G % GP != 0
     q_rows = q + batch * qb + head * G * qh + (queries.to(tl.int64) * qs + member.to(tl.int64) * qh)
     q_tile = load_rows(q_rows, exists, D, BD, check)
     do_rows = grad_out + (batch * s * heads + head * G) * D + queries.to(tl.int64) * (heads * D) + member * D
@@ -36,7 +36,7 @@ def query_rows(
         lse_row, delta_row = tl.load(lse + row), tl.load(delta + row)
     else:
         # An infinite lse is a weight of 0, but also a choice per row, that the loop carries on to where lse is used.
-        lse_row = tl.load(lse + row, mask=exists, other=float("inf") if G != GP else 0.0)
+        lse_row = tl.load(lse + row, mask=exists, other=float("inf") if G % GP != 0 else 0.0)
         delta_row = tl.load(delta + row, mask=exists, other=0.0)
     return (q_tile, do_tile, lse_row, delta_row), queries
 
@@ -50,9 +50,10 @@ def whole_query_rows(
     kernel; `grad_selected_kernel`, short of registers, loses as much by it."""
     g, qb, qs, qh = strides
     heads = g * G
-    of_tile, member = tl.arange(0, BQ * GP) // GP, tl.arange(0, BQ * GP) % GP
-    first, exists = (tile * BQ).to(tl.int64), member < G
-    check: tl.constexpr = G != GP
+    PARTS: tl.constexpr = tl.cdiv(G, GP)
+    of_tile, member = tl.arange(0, BQ * GP) // GP, tile % PARTS * GP + tl.arange(0, BQ * GP) % GP
+    first, exists = (tile // PARTS * BQ).to(tl.int64), member < G
+    check: tl.constexpr = G % GP != 0
     q_rows = q + batch * qb + head * G * qh + first * qs + (of_tile * qs + member.to(tl.int64) * qh)
     q_tile = load_rows(q_rows, exists, D, BD, check)
     do_rows = grad_out + (batch * s * heads + head * G) * D + first * (heads * D) + (of_tile * heads + member) * D

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,11 +17,15 @@ class Tile:
     """One kernel's program: rows (queries x query heads) by columns (keys), warps, and depth of the load pipeline."""
 
     rows: int
+    """A power of two. Where more query heads share a KV head, several tiles take them."""
     columns: int
     warps: int
     stages: int
     gated_columns: int = 0
     """Of the query-major kernels: columns at a time where gates or masks need room, a divisor of `columns`; 0: all."""
+
+    registers: int | None = None
+    """Most of a thread. None: as the assembler likes, sometimes fewer than needed, for more programs to run at once."""
 
     @property
     def at_once(self) -> int:
@@ -50,9 +54,6 @@ def is_hopper(device: torch.device) -> bool:
 def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool = False, gate: str = "value") -> Tiles:
     """By head width, query heads per KV head, and bytes per element: the largest found that spill no registers.
 
-    Some do: `grad_query` of `straight_through` where more than 32 query heads of more than 128 share a KV head, not on
-    Hopper, 40 bytes at most; and those of float32 above 128 or 16 query heads for a KV head.
-
     On Hopper, most of those for 64, 128 and 256 with 1, 2 or 4 heads were timed; all others are only known to fit.
 
     Args:
@@ -60,10 +61,10 @@ def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool
         gate: `straight_through` gives `grad_query` two accumulators, `key_value` takes registers everywhere.
     """
     if element_size > 2:
-        rows = max(16, group_size)
         # Exact products use no tensor cores, and take registers instead: of more warps, where heads are wide.
-        of_queries, of_keys = Tile(rows, 16, 4 if head_dim <= 64 else 8, 1), Tile(rows, 16, 4, 1)
-        return Tiles(CHUNK, SPAN, of_queries, of_queries, of_keys, of_keys)
+        tile = Tile(16, 16, 4 if head_dim <= 64 else 8, 1, registers=128)
+        wide_sums = head_dim > 128 and gate == "straight_through"
+        return Tiles(CHUNK, SPAN, tile, replace(tile, registers=255) if wide_sums else tile, tile, tile)
     forward, grad_query = _query_major(head_dim, group_size, hopper, gate)
     grad_selected, grad_window = _key_major(head_dim, group_size, hopper, gate)
     return Tiles(CHUNK, SPAN, forward, grad_query, grad_selected, grad_window)
@@ -87,19 +88,19 @@ def _query_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tup
         return Tile(128, 64, 8, 3, 16 if odd else 32), Tile(rows, 64, 8, 2, 16)
     low = Tile(64, 32, 8, 2, 16)
     if not hopper:
-        return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 16) if two_sums and group_size <= 32 else low
+        return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 16) if two_sums else low
     # Rows enough for Hopper's products; GPUs before it lack the shared memory.
     short = two_sums or (odd and gate == "key_value")
     return Tile(128, 64, 8, 2, 16 if gate == "key_value" else 32), low if short else Tile(128, 32, 8, 2, 16)
 
 
 def _key_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tuple[Tile, Tile]:
-    """Tiles of `grad_selected` and `grad_window`; rows are at least the query heads of a KV head."""
+    """Tiles of `grad_selected` and `grad_window`."""
     odd = _is_odd(group_size)
     if group_size > 32:
         return Tile(64, 32, 8, 2), Tile(64, 32, 4 if head_dim <= 64 else 8, 2)
     if head_dim <= 64:
-        tile = Tile(16 if odd and not hopper else 32, 64, 4, 3)
+        tile = Tile(16 if odd and group_size <= 16 and not hopper else 32, 64, 4, 3)
         return tile, tile
     if head_dim <= 128:
         if group_size > 16:
