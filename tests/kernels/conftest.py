@@ -17,7 +17,9 @@ def poison(x: Tensor) -> Tensor:
     if x.device.type == "meta" or x.numel() == 0:
         return x
     if x.is_floating_point() or x.is_complex():
-        return x.fill_(float("nan"))
+        # Also a leaf that will get a gradient, as compilers make some.
+        x.detach().fill_(float("nan"))
+        return x
     return x.fill_(GARBAGE if x.dtype in (torch.int32, torch.int64) else 1)
 
 
