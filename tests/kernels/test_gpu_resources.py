@@ -36,6 +36,7 @@ SLOW = [
     (256, 12, "float32", 90, "straight_through", "carry"), (192, 3, "float32", 90, "key_value", ""),
     (64, 32, "float32", 90, "value", "carry"), (128, 64, "float32", 80, "straight_through", "carry"),
     (256, 64, "float32", 80, "key_value", ""), (80, 16, "float32", 80, "key_value", ""),
+    (32, 48, "bfloat16", 80, "key_value", ""),
 ]  # fmt: skip
 
 

@@ -54,6 +54,8 @@ def is_hopper(device: torch.device) -> bool:
 def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool = False, gate: str = "value") -> Tiles:
     """By head width, query heads per KV head, and bytes per element: the largest found that spill no registers.
 
+    In half precision, some kernels that use all registers spill one outside of their plain loops: kernels/README.md.
+
     On Hopper, most of those for 64, 128 and 256 with 1, 2 or 4 heads were timed; all others are only known to fit.
 
     Args:
@@ -98,7 +100,8 @@ def _key_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tuple
     """Tiles of `grad_selected` and `grad_window`."""
     odd = _is_odd(group_size)
     if group_size > 32:
-        return Tile(64, 32, 8, 2), Tile(64, 32, 4 if head_dim <= 64 else 8, 2)
+        selected = Tile(32, 32, 4, 2) if head_dim <= 32 else Tile(64, 32, 8, 2)
+        return selected, Tile(64, 32, 4 if head_dim <= 64 else 8, 2)
     if head_dim <= 64:
         tile = Tile(16 if odd and group_size <= 16 and not hopper else 32, 64, 4, 3)
         return tile, tile
