@@ -93,7 +93,7 @@ class Call:
             "BQ": min(queries, self.tiles.span if key_major else self.tiles.chunk),
             "BN": tile.columns,
             "ACC": _ACCUMULATE.get(self.query.dtype, tl.float32),
-            "PRECISION": "ieee",
+            "PRECISION": tile.precision,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
             "maxnreg": tile.registers,

@@ -23,7 +23,9 @@ class Tile:
     stages: int
     gated_columns: int = 0
     """Of the query-major kernels: columns at a time where gates or masks need room, a divisor of `columns`; 0: all."""
-
+    precision: str = "ieee"
+    """Of matrix products: `ieee` multiplies the numbers as they are, which float32 can without tensor cores only; `tf32x3`
+    takes three products of halves, on tensor cores, whose sum errs like one in float32."""
     registers: int | None = None
     """Most of a thread. None: as the assembler likes, sometimes fewer than needed, for more programs to run at once."""
 
@@ -63,13 +65,21 @@ def tiles_for(head_dim: int, group_size: int, element_size: int, *, hopper: bool
         gate: `straight_through` gives `grad_query` two accumulators, `key_value` takes registers everywhere.
     """
     if element_size > 2:
-        # Exact products use no tensor cores, and take registers instead: of more warps, where heads are wide.
-        tile = Tile(16, 16, 4 if head_dim <= 64 else 8, 1, registers=128)
-        wide_sums = head_dim > 128 and gate == "straight_through"
-        return Tiles(CHUNK, SPAN, tile, replace(tile, registers=255) if wide_sums else tile, tile, tile)
+        return _of_float32(head_dim, group_size, element_size, gate)
     forward, grad_query = _query_major(head_dim, group_size, hopper, gate)
     grad_selected, grad_window = _key_major(head_dim, group_size, hopper, gate)
     return Tiles(CHUNK, SPAN, forward, grad_query, grad_selected, grad_window)
+
+
+def _of_float32(head_dim: int, group_size: int, element_size: int, gate: str) -> Tiles:
+    """Tiles of float32; and of float64, in the interpreter."""
+    exact = Tile(16, 16, 4 if head_dim <= 64 else 8, 1, registers=128)
+    two_sums = gate == "straight_through"
+    if element_size > 4 or head_dim > 128:
+        # Three products would take more registers than there are.
+        return Tiles(CHUNK, SPAN, exact, replace(exact, registers=255) if two_sums else exact, exact, exact)
+    tile = Tile(32, 16, 4 if head_dim <= 64 else 8, 1, precision="tf32x3")
+    return Tiles(CHUNK, SPAN, tile, exact if two_sums and _is_odd(group_size) else tile, tile, tile)
 
 
 def _is_odd(group_size: int) -> bool:
