@@ -112,9 +112,7 @@ def grad_query_kernel(
     registers. So each result is written when it is known, what later parts need they take anew, and the first two
     loops, with two accumulators or wide heads, hold nothing that they can compute in each step.
     """
-    PARTS: tl.constexpr = tl.cdiv(G, GP)
-    tile = tl.program_id(0)
-    query_tile = tile // PARTS
+    tile, query_tile = tl.program_id(0), tl.program_id(0) // tl.cdiv(G, GP)
     bg, batch, head = program_of(tl.program_id(1), g)
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
     q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)
@@ -156,7 +154,7 @@ def grad_query_kernel(
         visible = (position[None, :] <= queries[:, None]) & (queries[:, None] < until[None, :])
         state = _accumulate(rows, keys, values, gate, visible, scale, state, GATE, STRAIGHT, True, ACC, PRECISION)
     grad, mean_k, delta_row, sums = state
-    new_tile = anew(tile, num_chunks)
+    new_tile, query_tile = anew(tile, num_chunks), anew(query_tile, num_chunks)
     _store_sums(new_tile, tl.program_id(1), sums, grad_sums, s, G, GP, BQ)
     bg, batch, head = program_of(anew(tl.program_id(1), num_chunks), g)
     queries, member, exists = tile_rows(new_tile, s, G, GP, BQ)
@@ -167,9 +165,7 @@ def grad_query_kernel(
         grad -= delta_row[:, None] * mean_k
     rows = (q_tile, do_tile, lse_row)
     pairs = pairs_of(k, v, carry_k, carry_v, batch, head, kb, ks, kg, vb, vs, vg, cb, cg, cs, S)
-    middle, num_middle, oldest = window_columns(
-        new_tile // PARTS, document_start + batch * s, s, t - s, window, CHUNK, BQ, BN
-    )  # fmt: skip
+    middle, num_middle, oldest = window_columns(query_tile, document_start + batch * s, s, t - s, window, CHUNK, BQ, BN)
     for low in tl.range(0, num_middle, BN):
         keys, values = load_neighbours(middle + t - s + low, pairs, D, BD, BN)
         grad = _accumulate_plain(rows, delta_row, keys, values, scale, grad, ACC, PRECISION)

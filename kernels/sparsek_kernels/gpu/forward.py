@@ -47,8 +47,7 @@ def forward_kernel(
 
     BG: columns at a time where gates or masks are needed, a divisor of BN.
     """
-    tile = tl.program_id(0)
-    query_tile = tile // tl.cdiv(G, GP)
+    tile, query_tile = tl.program_id(0), tl.program_id(0) // tl.cdiv(G, GP)
     bg, batch, head = program_of(tl.program_id(1), g)
     queries, member, exists = tile_rows(tile, s, G, GP, BQ)
     q_tile = load_rows(q + batch * qb + queries.to(tl.int64) * qs + (head * G + member) * qh, exists, D, BD, True)

@@ -24,8 +24,8 @@ class Tile:
     gated_columns: int = 0
     """Of the query-major kernels: columns at a time where gates or masks need room, a divisor of `columns`; 0: all."""
     precision: str = "ieee"
-    """Of matrix products: `ieee` multiplies the numbers as they are, which float32 can without tensor cores only; `tf32x3`
-    takes three products of halves, on tensor cores, whose sum errs like one in float32."""
+    """Of matrix products: `ieee` multiplies numbers as they are, float32 without tensor cores; `tf32x3` sums three
+    products of their halves, on tensor cores, and errs like float32."""
     registers: int | None = None
     """Most of a thread. None: as the assembler likes, sometimes fewer than needed, for more programs to run at once."""
 
