@@ -78,8 +78,9 @@ def _of_float32(head_dim: int, group_size: int, element_size: int, gate: str) ->
     if element_size > 4 or head_dim > 128:
         # Three products would take more registers than there are.
         return Tiles(CHUNK, SPAN, exact, replace(exact, registers=255) if two_sums else exact, exact, exact)
-    tile = Tile(32, 16, 4 if head_dim <= 64 else 8, 1, precision="tf32x3")
-    return Tiles(CHUNK, SPAN, tile, exact if two_sums and _is_odd(group_size) else tile, tile, tile)
+    tile = Tile(32, 16, 4 if head_dim <= 64 else 8, 1, precision="tf32x3", registers=255)
+    full = two_sums and (head_dim > 64 or _is_odd(group_size))
+    return Tiles(CHUNK, SPAN, tile, exact if full else tile, tile, tile)
 
 
 def _is_odd(group_size: int) -> bool:
