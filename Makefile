@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 train: $(INSTALLED)  ## Train a small SPARSEK language model on this machine: CONFIG=configs/quickstart.yaml ARGS='train.steps=200'
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh $(CONFIG) $(ARGS)
 
-test: $(INSTALLED)  ## Run the test suite (CPU, no network; some 10 minutes on 2 cores)
+test: $(INSTALLED)  ## Run the test suite (CPU, no network; some 18 minutes on 2 cores)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not slow' $(ARGS)
 
 test-full: $(INSTALLED)  ## Run the test suite with the slow tests
