@@ -13,6 +13,7 @@ from sparsek_kernels import sparsek_attention
 from sparsek_kernels.decode import decode_step, extend, prefill
 from sparsek_kernels.decode_state import DecodeState, empty_state
 from sparsek_kernels.gpu import decode as kernel
+from sparsek_kernels.gpu import decode_state as kernel_state
 from sparsek_kernels.gpu.ops import decode_op
 from tests.kernels.cases import GATES, Case
 from tests.kernels.compile_only import compile_kernel
@@ -219,6 +220,22 @@ def test_a_captured_graph_decodes(dtype: torch.dtype, gate: str) -> None:
         graph.replay()
         torch.testing.assert_close(out[:, 0].double(), expected[:, 10 + step], rtol=2e-2, atol=1e-2)
     assert state.length.tolist() == [400, 400]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels have their bounds built in")
+def test_the_threshold_is_found_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of the search is two sums that all threads wait for: what made gates cost as much as the attention."""
+    monkeypatch.setattr(kernel_state, "MOST_STEPS", 7)
+    case = Case("gpu_few_steps", num_selected=40, window=5, support=150, b=2, h=2, g=2, d=8)
+    tail, state, _ = two_equal_states(Case(**{**vars(case), "s": 64}), 40)
+    state.support_scores.normal_(generator=torch.Generator().manual_seed(3))
+    state.scores[:, :, 5:] = state.support_scores.sort(dim=-1, descending=True).values[:, :, :40]
+    expected = DecodeState(**{name: x.clone() for name, x in state.tensors().items()}, window=state.window)
+    token = next(iter(pieces(tail, [1])))
+    out = kernel.decode_step_triton(**token, state=state, gate="value", scale=0.4, processors=1, block=4)
+    torch.testing.assert_close(
+        out, decode_step(**token, state=expected, gate="value", scale=0.4, backend="torch"), rtol=0, atol=3e-6
+    )
 
 
 @pytest.mark.parametrize("gate", ["value", "key_value"])

@@ -48,7 +48,7 @@ def backward(
     gate = "value" if call.gate == "straight_through" else call.gate
     grad_out = grad_out.contiguous()
     constants = call.constants(call.tiles.grad_query)
-    parts = triton.cdiv(h // g, constants["GP"])
+    parts = call.num_parts(constants)
     delta, grad_sums = torch.empty_like(lse), torch.empty(b, g, parts, s, dtype=lse.dtype, device=lse.device)
     grad_query = torch.empty(b, s, h, d, dtype=call.query.dtype, device=lse.device)
     grad_query_kernel[(call.num_tiles(constants), b * g)](

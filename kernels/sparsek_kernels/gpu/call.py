@@ -101,7 +101,11 @@ class Call:
 
     def num_tiles(self, constants: dict[str, Any]) -> int:
         """Tiles of rows of one KV head: those of queries, as often as the query heads need."""
-        return triton.cdiv(self.query.shape[1], constants["BQ"]) * triton.cdiv(constants["G"], constants["GP"])
+        return triton.cdiv(self.query.shape[1], constants["BQ"]) * self.num_parts(constants)
+
+    def num_parts(self, constants: dict[str, Any]) -> int:
+        """Tiles that share a query."""
+        return triton.cdiv(constants["G"], constants["GP"])
 
     @property
     def has_carry(self) -> bool:

@@ -158,6 +158,7 @@ def row_products(rows, columns, ACC: tl.constexpr, PRECISION: tl.constexpr):
     Exact products are sums that a thread adds up alone, of numbers from shared memory, those of the first factor first.
     The rows lie there since before the loop. As the first factor they would be loaded before all threads wait for the
     columns to lie there, too, and be held in registers meanwhile; as the second, both are loaded as they are needed.
+    All of float32 goes that way, on tensor cores, too.
     """
     if rows.dtype.primitive_bitwidth > 16:
         products = tl.trans(tl.dot(columns, tl.trans(rows), out_dtype=ACC, input_precision=PRECISION))

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 TRUSTED = tl.constexpr(8)
+"""Steps of Newton's method that may leave the bracket wide."""
+MOST_STEPS = tl.constexpr(48)
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def _solve(entries, k: tl.constexpr):
     high = 0.0
     tau = -0.5
     steps = 0
-    while steps < 48:
+    while steps < MOST_STEPS:
         above = entries - tau
         is_one = above >= 1.0
         inside = (above > 0.0) & (above < 1.0)
@@ -50,7 +52,7 @@ def _solve(entries, k: tl.constexpr):
         following = tl.where(trusted & narrowed, newton, 0.5 * (low + high))
         done = (excess == 0.0) | (newton == tau) | (high - low <= 1.2e-7)
         tau = tl.where(done, tl.where(trusted, newton, tau), following)
-        steps = tl.where(done, 48, steps + 1)
+        steps = tl.where(done, MOST_STEPS, steps + 1)
     return tau
 
 

@@ -79,6 +79,7 @@ def _of_float32(head_dim: int, group_size: int, element_size: int, gate: str) ->
         # Three products would take more registers than there are.
         return Tiles(CHUNK, SPAN, exact, replace(exact, registers=255) if two_sums else exact, exact, exact)
     tile = Tile(32, 16, 4 if head_dim <= 64 else 8, 1, precision="tf32x3", registers=255)
+    # Two accumulators leave no registers for three products.
     full = two_sums and (head_dim > 64 or _is_odd(group_size))
     return Tiles(CHUNK, SPAN, tile, exact if full else tile, tile, tile)
 
