@@ -90,11 +90,12 @@ def grid(quick: bool) -> Grid:
 
 def sparsek_rows(cells: Grid) -> Iterator[Row]:
     """On a GPU the context is that of the dearest case, and prefilled states show that it does not matter."""
-    heads, budget, last = cells.shapes[0], cells.budgets[0], cells.contexts[-1]
-    for context in cells.contexts:
-        yield sparsek_row(heads, 1, budget, context, prefilled=True)
+    heads, last = cells.shapes[0], cells.contexts[-1]
+    for budget in cells.budgets:
+        for context in cells.contexts:
+            yield sparsek_row(heads, 1, budget, context, prefilled=True)
     if not GPU:
-        yield sparsek_row(heads, 1, budget, last, "key_value", prefilled=True)
+        yield sparsek_row(heads, 1, cells.budgets[0], last, "key_value", prefilled=True)
         return
     for heads in cells.shapes:
         for budget in cells.budgets:

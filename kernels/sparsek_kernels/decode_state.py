@@ -39,6 +39,8 @@ class DecodeState:
     """[b] int64: tokens before it do not exist (left padding)."""
     arrivals: Tensor
     """[b, g + 1] int32: who has finished a step, all zero between steps (the GPU's kernel needs it)."""
+    tau: Tensor
+    """[b, g], like scores: the threshold of some step before, where the GPU's kernel begins to search; -inf: none."""
     window: int
     """w."""
 
@@ -130,6 +132,7 @@ def empty_state(
         length=integers(b, fill=0),
         document_start=integers(b, fill=0),
         arrivals=torch.zeros(b, g + 1, dtype=torch.int32, device=device),
+        tau=torch.full((b, g), -torch.inf, dtype=precise, device=device),
         window=window,
     )
     if document_start is not None:
@@ -234,6 +237,7 @@ def state_after(state: DecodeState, key: Tensor, value: Tensor, scores: Tensor) 
         length=state.length + count,
         document_start=state.document_start.clone(),
         arrivals=state.arrivals.clone(),
+        tau=state.tau.clone(),
         window=window,
     )
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 LARGEST = {"num_selected": 8192, "support": 16384, "head_dim": 256}
 """Scores of one KV head are held in registers."""
+WIDE_SUPPORT = 4096
+"""Scores of one KV head above which a program takes eight warps instead of four."""
 PROGRAMS_PER_PROCESSOR = 3
 """As many as fit on one at a time, so that one wave of programs is enough wherever the heads can be split."""
 
@@ -109,7 +111,7 @@ def _combine(
 def _step(
     query, key, value, scores, out, partial_out, partial_norm, scale,
     old_key, old_value, old_scores, selected_positions, support_scores, support_positions,
-    length, document_start, arrivals, num_kv_heads, splits, split_rows,
+    length, document_start, arrivals, last_tau, num_kv_heads, splits, split_rows,
     query_b, query_h, key_b, key_g, value_b, value_g, scores_b, scores_g,
     W: tl.constexpr, K: tl.constexpr, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -130,10 +132,11 @@ def _step(
     partial_out += head * splits * G * D
     partial_norm += head * splits * 2 * G
     arrivals += row * (num_kv_heads + 1)
+    last_tau += head
 
     position, start = tl.load(length + row), tl.load(document_start + row)
     exists, admitted, evicted, tau = decide(
-        position, start, old_scores, selected_positions, support_scores, support_positions,
+        position, start, old_scores, selected_positions, support_scores, support_positions, last_tau,
         W, K, S, BLOCK_K, BLOCK_S, GATE_VALUE,
     )  # fmt: skip
     g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
@@ -165,6 +168,8 @@ def _step(
             key, value, score, old_key, old_value, old_scores, selected_positions, support_scores, support_positions,
             (position % W).to(tl.int32), position - W, exists, admitted, evicted, W, S, D, BLOCK_S, BLOCK_D,
         )  # fmt: skip
+        if GATE_VALUE:
+            tl.store(last_tau, tau)
         tl.store(arrivals + kv_head, 0)
         tl.debug_barrier()
         if tl.atomic_add(arrivals + num_kv_heads, 1, sem="acq_rel") == num_kv_heads - 1:
@@ -244,8 +249,10 @@ def decode_step_triton(
         _step[(b * g * splits,)](
             query, key, value, scores, out, partial_out, partial_norm, scale * 1.4426950408889634,
             state.key, state.value, state.scores, state.selected_positions, state.support_scores,
-            state.support_positions, state.length, state.document_start, state.arrivals, g, splits, split_rows,
+            state.support_positions, state.length, state.document_start, state.arrivals, state.tau,
+            g, splits, split_rows,
             query.stride(0), query.stride(2), key.stride(0), key.stride(2), value.stride(0), value.stride(2),
-            scores.stride(0), scores.stride(2), **sizes, num_warps=8 if state.support > 4096 else 4, num_stages=3,
+            scores.stride(0), scores.stride(2), **sizes,
+            num_warps=8 if state.support > WIDE_SUPPORT else 4, num_stages=3,
         )  # fmt: skip
     return out

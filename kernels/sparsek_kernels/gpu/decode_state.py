@@ -14,51 +14,68 @@ MOST_STEPS = tl.constexpr(48)
 
 
 @triton.jit
+def _earlier(position, slot, other_position, other_slot):
+    first = (position < other_position) | ((position == other_position) & (slot < other_slot))
+    return tl.where(first, position, other_position), tl.where(first, slot, other_slot)
+
+
+@triton.jit
 def _worst(scores, positions, index):
     """The lowest score and the slot of its earliest position; index: [m] slots, scores +inf beyond the last."""
     lowest = tl.min(scores, 0)
     tied = scores == lowest
     position = tl.load(positions + index, mask=tied, other=9223372036854775807)
-    earliest = tl.min(position, 0)
-    slot = tl.min(tl.where(tied & (position == earliest), index, 2147483647), 0)
+    _, slot = tl.reduce((position, tl.where(tied, index, 2147483647)), 0, _earlier)
     return lowest, slot
 
 
 @triton.jit
-def _solve(entries, k: tl.constexpr):
-    """tau in [-1, 0] with sum clip(entries - tau, 0, 1) = k, where the k-th best entry is 0.
+def _add_both(one, other, more_of_one, more_of_other):
+    return one + more_of_one, other + more_of_other
 
-    Newton's method, exact once it reaches the right linear piece: 3 to 5 steps for random scores. If halving came in
-    whenever a step does not halve the bracket, they were 20: so it does only after TRUSTED steps, where it ends them.
+
+@triton.jit
+def _solve(entries, begin, k: tl.constexpr):
+    """tau in [-1, 0] with sum clip(entries - tau, 0, 1) = k, where the k-th best entry is 0; begin: a guess.
+
+    Newton's method: exact, but for rounding, once a step has led to the linear piece that it started from. From the tau
+    of the token before that takes 1 to 3 steps, from anywhere 3 to 5 for random scores. If halving came in whenever a
+    step does not halve the bracket, they were 20: so it does only after TRUSTED steps, where it ends them.
     """
     low = -1.0
     high = 0.0
-    tau = -0.5
+    tau = begin
+    piece = -1
     steps = 0
     while steps < MOST_STEPS:
         above = entries - tau
         is_one = above >= 1.0
         inside = (above > 0.0) & (above < 1.0)
-        # Two counts in one sum: both are below 2^15.
-        counts = tl.sum(is_one.to(tl.int32) + inside.to(tl.int32) * 65536, 0)
+        # Two counts in one number: both are below 2^15. They tell the linear piece.
+        each = tl.where(is_one, 1, tl.where(inside, 65536, 0))
+        counts, part = tl.reduce((each, tl.where(inside, above, 0.0)), 0, _add_both)
         interior = (counts // 65536).to(tl.float32)
-        excess = tl.sum(tl.where(inside, above, 0.0), 0) + ((counts % 65536) - k).to(tl.float32)
+        excess = part + ((counts % 65536) - k).to(tl.float32)
         width = high - low
         low = tl.where(excess >= 0.0, tau, low)
         high = tl.where(excess >= 0.0, high, tau)
         newton = tau + excess / tl.maximum(interior, 1.0)
         trusted = (newton >= low) & (newton <= high)
         narrowed = (steps < TRUSTED) | (high - low <= 0.5 * width)
+        done = (excess == 0.0) | (newton == tau) | (high - low <= 1.2e-7) | (counts == piece)
+        piece = tl.where(trusted & narrowed, counts, -1)
         following = tl.where(trusted & narrowed, newton, 0.5 * (low + high))
-        done = (excess == 0.0) | (newton == tau) | (high - low <= 1.2e-7)
         tau = tl.where(done, tl.where(trusted, newton, tau), following)
         steps = tl.where(done, MOST_STEPS, steps + 1)
     return tau
 
 
 @triton.jit
-def _threshold(candidate, exists, selected, support, support_positions, K: tl.constexpr, S: tl.constexpr):
-    """tau once the candidate has taken its place; `selected`, the scores of the new k best, +inf beyond them."""
+def _threshold(candidate, exists, selected, support, support_positions, last, K: tl.constexpr, S: tl.constexpr):
+    """tau once the candidate has taken its place; `selected`, the scores of the new k best, +inf beyond them.
+
+    last: the tau of some step before, or -inf.
+    """
     index = tl.arange(0, support.shape[0])
     lowest, slot = _worst(tl.where(index < S, support, float("inf")), support_positions, index)
     enters = exists & (candidate >= lowest)
@@ -68,13 +85,14 @@ def _threshold(candidate, exists, selected, support, support_positions, K: tl.co
         # tau lies within 1 below the k-th best: measured from there, the sums are small and exact.
         centre = tl.min(selected, 0)
         entries = tl.minimum(tl.maximum(support - centre, -1.0), 1.0)
-        tau = centre + _solve(entries, K)
+        begin = last - centre
+        tau = centre + _solve(entries, tl.where((begin > -1.0) & (begin < 0.0), begin, -0.5), K)
     return tau
 
 
 @triton.jit
 def decide(
-    position, start, old_scores, selected_positions, support_scores, support_positions,
+    position, start, old_scores, selected_positions, support_scores, support_positions, last_tau,
     W: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     GATE_VALUE: tl.constexpr,
 ):  # fmt: skip
@@ -93,7 +111,7 @@ def decide(
             support_index = tl.arange(0, BLOCK_S)
             support = tl.load(support_scores + support_index, mask=support_index < S, other=float("-inf"))
             selected = tl.where((index == evicted) & admitted, candidate, selected)
-            tau = _threshold(candidate, exists, selected, support, support_positions, K, S)
+            tau = _threshold(candidate, exists, selected, support, support_positions, tl.load(last_tau), K, S)
     return exists, admitted, evicted, tau
 
 

@@ -166,6 +166,7 @@ attention_op.register_autograd(_backward, setup_context=_save)
 WRITTEN = (
     "past_key", "past_value", "past_scores", "selected_positions", "support_scores", "support_positions", "length",
     "arrivals",
+    "tau",
 )  # fmt: skip
 """What a step changes of the state: all of its tensors but `document_start`."""
 
@@ -174,12 +175,12 @@ WRITTEN = (
 def decode_op(
     query: Tensor, key: Tensor, value: Tensor, scores: Tensor, past_key: Tensor, past_value: Tensor,
     past_scores: Tensor, selected_positions: Tensor, support_scores: Tensor, support_positions: Tensor, length: Tensor,
-    document_start: Tensor, arrivals: Tensor, window: int, gate: str, scale: float,
+    document_start: Tensor, arrivals: Tensor, tau: Tensor, window: int, gate: str, scale: float,
 ) -> Tensor:  # fmt: skip
     """`decode_step_triton`, for torch.compile: outside of it a call of that costs the host less."""
     state = DecodeState(
         past_key, past_value, past_scores, selected_positions, support_scores, support_positions, length,
-        document_start, arrivals, window,
+        document_start, arrivals, tau, window,
     )  # fmt: skip
     return decode_step_triton(query, key, value, scores, state, gate=gate, scale=scale)
 

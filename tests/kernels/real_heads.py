@@ -1,0 +1,28 @@
+"""Heads of models that people use: head width d and query heads per KV head G, each with some of its models."""
+
+REAL_HEADS = {
+    (32, 2): "the quickstart",
+    (64, 1): "GPT-2, Pythia 160M and 410M, Phi-1.5, SmolLM2 1.7B",
+    (64, 2): "the study of quality",
+    (64, 3): "SmolLM2 135M and 360M",
+    (64, 4): "Llama 3.2 1B",
+    (64, 7): "Qwen2 0.5B",
+    (64, 8): "TinyLlama 1.1B",
+    (80, 1): "Pythia 2.8B, Phi-2",
+    (96, 1): "GPT-NeoX 20B, Phi-3 mini",
+    (128, 1): "Llama 2 7B, Pythia 1.4B and 6.9B",
+    (128, 2): "Qwen3 0.6B and 1.7B, Gemma 2 27B",
+    (128, 3): "Llama 3.2 3B, Phi-4 mini",
+    (128, 4): "Llama 3 8B, Mistral 7B, Qwen3 8B, Phi-4",
+    (128, 5): "Qwen2.5 14B and 32B, Qwen3 14B",
+    (128, 6): "Qwen2 1.5B",
+    (128, 7): "Qwen2 7B, Yi 34B",
+    (128, 8): "Llama 3 70B, Qwen2 72B, Qwen3 32B",
+    (128, 9): "StarCoder2 7B",
+    (128, 12): "Mistral Large, StarCoder2 3B and 15B",
+    (128, 16): "Llama 3.1 405B, Qwen3 235B",
+    (256, 1): "Gemma 7B, Pythia 1B",
+    (256, 2): "Gemma 2 2B and 9B, Gemma 3 4B and 12B",
+    (256, 4): "Gemma 3 1B",
+    (256, 8): "Gemma 2B",
+}
