@@ -1,7 +1,7 @@
 """What the attention kernels are launched with at real sizes, and what they would occupy on a GPU that is not here.
 
-    python -m tests.kernels.launches 128 4 bfloat16 90        # d, G, dtype, architecture: one JSON object per kernel
-    python -m tests.kernels.launches 128 4 bfloat16 90 straight_through carry hopper    # gate, more settings
+    python -m tests.kernels.launches "128 4 bfloat16 90 value"    # d, G, dtype, arch, gate: one JSON object a kernel
+    python -m tests.kernels.launches "128 4 bfloat16 90 value carry" "64 1 bfloat16 90 value hopper forward"
 
 Tensors without memory (torch's meta device) go through the real host code. Instead of a launch, each kernel is compiled
 with the types, constants and divisibility that the launch would have had.
@@ -119,17 +119,19 @@ def occupied(kernel: Any, args: tuple, constants: dict, arch: int) -> dict[str, 
     return {"registers": registers, "spills": local, "shared": compiled.metadata.shared, "copies": copies}
 
 
-def main(*, forward: bool = False) -> None:
-    """Prints what each kernel, or only the first one, the forward, occupies."""
-    d, group, dtype, arch = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3]), int(sys.argv[4])
-    gate = sys.argv[5] if len(sys.argv) > 5 else "straight_through"
+def report(setting: str) -> None:
+    """Prints what each kernel, with `forward` only the first one, occupies."""
+    d, group, dtype, arch, gate, *more = setting.split()
     seen = set()
-    launches = record(d, group, dtype, gate=gate, carry="carry" in sys.argv, arch=arch, hopper="hopper" in sys.argv)
-    for kernel, args, constants in launches[: 1 if forward else None]:
+    options = {"gate": gate, "carry": "carry" in more, "arch": int(arch), "hopper": "hopper" in more}
+    launches = record(int(d), int(group), getattr(torch, dtype), **options)
+    for kernel, args, constants in launches[: 1 if "forward" in more else None]:
         if kernel.__name__ not in seen:
             seen.add(kernel.__name__)
-            print(json.dumps({"kernel": kernel.__name__, **occupied(kernel, args, constants, arch)}), flush=True)
+            resources = occupied(kernel, args, constants, int(arch))
+            print(json.dumps({"setting": setting, "kernel": kernel.__name__, **resources}), flush=True)
 
 
 if __name__ == "__main__":
-    main(forward="forward" in sys.argv)
+    for setting in sys.argv[1:]:
+        report(setting)

@@ -77,11 +77,13 @@ def _of_float32(head_dim: int, group_size: int, element_size: int, gate: str) ->
     two_sums = gate == "straight_through"
     if element_size > 4 or head_dim > 128:
         # Three products would take more registers than there are.
-        return Tiles(CHUNK, SPAN, exact, replace(exact, registers=255) if two_sums else exact, exact, exact)
+        more = replace(exact, registers=255)
+        return Tiles(CHUNK, SPAN, exact, more if two_sums else exact, more if group_size == 1 else exact, exact)
     tile = Tile(32, 16, 4 if head_dim <= 64 else 8, 1, precision="tf32x3", registers=255)
     # Two accumulators leave no registers for three products.
     full = two_sums and (head_dim > 64 or _is_odd(group_size))
-    return Tiles(CHUNK, SPAN, tile, exact if full else tile, tile, tile)
+    few = head_dim <= 32 or (head_dim > 64 and _is_odd(group_size))
+    return Tiles(CHUNK, SPAN, tile, exact if full else replace(tile, rows=16) if few else tile, tile, tile)
 
 
 def _is_odd(group_size: int) -> bool:
@@ -97,14 +99,17 @@ def _query_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tup
         return Tile(64, 64, 4, 2, 64 if hopper and not odd else 32), Tile(64, 64, 4, 2, gated)
     if head_dim <= 128:
         if hopper:
-            return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, 16 if two_sums and (odd or head_dim < 128) else 32)
-        rows = 64 if two_sums and (odd or group_size > 16) else 128
-        return Tile(128, 64, 8, 3, 16 if odd else 32), Tile(rows, 64, 8, 2, 16)
+            few = two_sums and (odd or head_dim < 128 or group_size > 4)
+            return Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, 16 if few else 32)
+        forward = Tile(128, 64, 8, 3, 16 if odd or gate == "key_value" else 32)
+        if two_sums:
+            return forward, Tile(64 if odd or group_size > 8 else 128, 64, 8, 2, 16)
+        return forward, Tile(64, 64, 4, 2, 16)
     low = Tile(64, 32, 8, 2, 16)
     if not hopper:
         return Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, 16) if two_sums else low
     # Rows enough for Hopper's products; GPUs before it lack the shared memory.
-    short = two_sums or (odd and gate == "key_value")
+    short = two_sums or (gate == "key_value" and (odd or group_size == 1))
     return Tile(128, 64, 8, 2, 16 if gate == "key_value" else 32), low if short else Tile(128, 32, 8, 2, 16)
 
 
@@ -116,16 +121,19 @@ def _key_major(head_dim: int, group_size: int, hopper: bool, gate: str) -> tuple
         return selected, Tile(64, 32, 4 if head_dim <= 64 else 8, 2)
     if head_dim <= 64:
         tile = Tile(16 if odd and group_size <= 16 and not hopper else 32, 64, 4, 3)
-        return tile, tile
+        return tile if hopper else replace(tile, registers=255), tile
     if head_dim <= 128:
         if group_size > 16:
             many = Tile(32, 128 if hopper else 32, 8 if hopper else 4, 2)
             return many, many
         short, tall = Tile(16, 64, 4, 3), Tile(32, 64, 4, 2)
-        window = Tile(32, 64, 4, 3) if not odd else tall if hopper else short
-        return short if odd or head_dim < 128 else tall, window
+        if hopper:
+            return short if odd or head_dim < 128 else tall, tall if odd else Tile(32, 64, 4, 3)
+        window = short if odd else tall if group_size > 8 else Tile(32, 64, 4, 3)
+        return short if odd or head_dim < 128 or group_size == 2 else tall, window
     if group_size > 16 or not hopper:
         return Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
     # Keys enough for Hopper's products.
     short, tall = Tile(16, 64, 8, 3), Tile(32, 64, 8, 2)
-    return short if odd or head_dim < 256 or gate == "key_value" else tall, short if odd else tall
+    selected = Tile(32, 64, 8, 3) if group_size == 1 else tall
+    return short if odd or head_dim < 256 or gate == "key_value" else selected, short if odd else tall
