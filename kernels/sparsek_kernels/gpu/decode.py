@@ -28,8 +28,8 @@ LARGEST = {"num_selected": 8192, "support": 16384, "head_dim": 256}
 """Scores of one KV head are held in registers."""
 WIDE_SUPPORT = 4096
 """Scores of one KV head above which a program takes eight warps instead of four."""
-PROGRAMS_PER_PROCESSOR = 3
-"""As many as fit on one at a time, so that one wave of programs is enough wherever the heads can be split."""
+PROGRAMS_PER_PROCESSOR = 1
+"""Where the heads can be split: more of them would each look for the threshold, at the cost of all."""
 
 
 @triton.jit

@@ -80,9 +80,10 @@ def _of_float32(head_dim: int, group_size: int, element_size: int, gate: str) ->
         more = replace(exact, registers=255)
         return Tiles(CHUNK, SPAN, exact, more if two_sums else exact, more if group_size == 1 else exact, exact)
     tile = Tile(32, 16, 4 if head_dim <= 64 else 8, 1, precision="tf32x3", registers=255)
-    # Two accumulators leave no registers for three products.
-    full = two_sums and (head_dim > 64 or _is_odd(group_size))
-    few = head_dim <= 32 or (head_dim > 64 and _is_odd(group_size))
+    # Two accumulators leave no registers for three products; nor do masks everywhere, for wide heads.
+    odd = _is_odd(group_size)
+    full = (two_sums and (head_dim > 64 or odd)) or (gate == "none" and head_dim > 64 and odd)
+    few = head_dim <= 32 or (head_dim > 64 and odd)
     return Tiles(CHUNK, SPAN, tile, exact if full else replace(tile, rows=16) if few else tile, tile, tile)
 
 
