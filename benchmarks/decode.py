@@ -7,7 +7,7 @@ On a CPU it times the PyTorch step, in float32, over states that were filled by 
 
 On a GPU first checks outputs against float64. A measurement is one CUDA graph of many steps, each on a state (or cache)
 of its own, as the layers of a model have: together larger than the L2 cache, so every step reads from memory. SPARSEK's
-states are full and every step admits a pair and writes it, the dearest case. GB/s counts the keys and values read, and
+states are full and every step admits a pair and writes it. GB/s counts the keys and values read, and
 is set against a measured device copy. Dense is the faster of cuDNN and flash, without the append to its cache.
 """
 
@@ -89,7 +89,7 @@ def grid(quick: bool) -> Grid:
 
 
 def sparsek_rows(cells: Grid) -> Iterator[Row]:
-    """On a GPU the context is that of the dearest case, and prefilled states show that it does not matter."""
+    """States as many tokens leave them, by context; on a GPU then full ones, of which every step admits a pair."""
     heads, last = cells.shapes[0], cells.contexts[-1]
     for budget in cells.budgets:
         for context in cells.contexts:

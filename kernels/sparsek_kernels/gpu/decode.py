@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 
 LARGEST = {"num_selected": 8192, "support": 16384, "head_dim": 256}
 """Scores of one KV head are held in registers."""
-WIDE_SUPPORT = 4096
-"""Scores of one KV head above which a program takes eight warps instead of four."""
 PROGRAMS_PER_PROCESSOR = 1
-"""Where the heads can be split: more of them would each look for the threshold, at the cost of all."""
+"""Nearly, where the heads can be split: more of them would each look for the threshold, at the cost of all."""
 
 
 @triton.jit
@@ -191,9 +189,14 @@ def why_not(query: Tensor, state: DecodeState) -> str:
 def cut(heads: int, rows: int, processors: int, block: int) -> tuple[int, int]:
     """How b * g heads of w + k rows are split over programs: splits per head and rows per split."""
     blocks = triton.cdiv(rows, block)
-    splits = min(blocks, max(1, PROGRAMS_PER_PROCESSOR * processors // heads))
+    splits = min(blocks, max(1, round(PROGRAMS_PER_PROCESSOR * processors / heads)))
     split_rows = triton.cdiv(blocks, splits) * block
     return triton.cdiv(rows, split_rows), split_rows
+
+
+def warps(state: DecodeState) -> int:
+    """Of a program: so many that each thread holds at most 32 of the S scores, twice."""
+    return 4 if state.support <= 4096 else 8 if state.support <= 8192 else 16
 
 
 def constants(state: DecodeState, query: Tensor, gate: str) -> dict[str, int | bool]:
@@ -253,6 +256,6 @@ def decode_step_triton(
             g, splits, split_rows,
             query.stride(0), query.stride(2), key.stride(0), key.stride(2), value.stride(0), value.stride(2),
             scores.stride(0), scores.stride(2), **sizes,
-            num_warps=8 if state.support > WIDE_SUPPORT else 4, num_stages=3,
+            num_warps=warps(state), num_stages=3,
         )  # fmt: skip
     return out

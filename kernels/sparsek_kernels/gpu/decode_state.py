@@ -11,6 +11,9 @@ import triton.language as tl
 TRUSTED = tl.constexpr(8)
 """Steps of Newton's method that may leave the bracket wide."""
 MOST_STEPS = tl.constexpr(48)
+MOST_POSITIONS = tl.constexpr(8192)
+"""Positions that registers hold beside as many scores. Of more, a part at a time is looked at."""
+PART = tl.constexpr(4096)
 
 
 @triton.jit
@@ -20,12 +23,25 @@ def _earlier(position, slot, other_position, other_slot):
 
 
 @triton.jit
-def _worst(scores, positions, index):
-    """The lowest score and the slot of its earliest position; index: [m] slots, scores +inf beyond the last."""
-    lowest = tl.min(scores, 0)
-    tied = scores == lowest
+def _earliest(tied, positions, index):
+    """The earliest position and its slot, of those slots that are tied."""
     position = tl.load(positions + index, mask=tied, other=9223372036854775807)
-    _, slot = tl.reduce((position, tl.where(tied, index, 2147483647)), 0, _earlier)
+    return tl.reduce((position, tl.where(tied, index, 2147483647)), 0, _earlier)
+
+
+@triton.jit
+def _worst(scores, table, positions, index, size: tl.constexpr):
+    """The lowest score and the slot of its earliest position; scores: [m] of the table, +inf from `size` on."""
+    lowest = tl.min(scores, 0)
+    if scores.shape[0] <= MOST_POSITIONS:
+        _, slot = _earliest(scores == lowest, positions, index)
+    else:
+        position, slot = tl.full([], 9223372036854775807, tl.int64), tl.full([], 2147483647, tl.int32)
+        for begin in range(0, size, PART):
+            part = begin + tl.arange(0, PART)
+            tied = tl.load(table + part, mask=part < size, other=float("inf")) == lowest
+            other, other_slot = _earliest(tied, positions, part)
+            position, slot = _earlier(position, slot, other, other_slot)
     return lowest, slot
 
 
@@ -38,9 +54,9 @@ def _add_both(one, other, more_of_one, more_of_other):
 def _solve(entries, begin, k: tl.constexpr):
     """tau in [-1, 0] with sum clip(entries - tau, 0, 1) = k, where the k-th best entry is 0; begin: a guess.
 
-    Newton's method: exact, but for rounding, once a step has led to the linear piece that it started from. From the tau
-    of the token before that takes 1 to 3 steps, from anywhere 3 to 5 for random scores. If halving came in whenever a
-    step does not halve the bracket, they were 20: so it does only after TRUSTED steps, where it ends them.
+    Newton's method: exact, but for rounding, once a step has led to the linear piece that it started from. For random
+    scores that takes 1 to 3 steps from the tau of the token before, 3 to 6 from the middle. If halving came in whenever
+    a step does not halve the bracket, they were 20: so it does only after TRUSTED steps, where it ends them.
     """
     low = -1.0
     high = 0.0
@@ -71,13 +87,16 @@ def _solve(entries, begin, k: tl.constexpr):
 
 
 @triton.jit
-def _threshold(candidate, exists, selected, support, support_positions, last, K: tl.constexpr, S: tl.constexpr):
+def _threshold(
+    candidate, exists, selected, support, support_scores, support_positions, last, K: tl.constexpr, S: tl.constexpr
+):  # fmt: skip
     """tau once the candidate has taken its place; `selected`, the scores of the new k best, +inf beyond them.
 
     last: the tau of some step before, or -inf.
     """
     index = tl.arange(0, support.shape[0])
-    lowest, slot = _worst(tl.where(index < S, support, float("inf")), support_positions, index)
+    full = tl.where(index < S, support, float("inf"))
+    lowest, slot = _worst(full, support_scores, support_positions, index, S)
     enters = exists & (candidate >= lowest)
     support = tl.where((index == slot) & enters, candidate, support)
     tau = float("-inf")
@@ -105,13 +124,14 @@ def decide(
     if K > 0:
         index = tl.arange(0, BLOCK_K)
         selected = tl.load(old_scores + W + index, mask=index < K, other=float("inf"))
-        lowest, evicted = _worst(selected, selected_positions, index)
+        lowest, evicted = _worst(selected, old_scores + W, selected_positions, index, K)
         admitted = exists & (candidate >= lowest)
         if GATE_VALUE:
             support_index = tl.arange(0, BLOCK_S)
             support = tl.load(support_scores + support_index, mask=support_index < S, other=float("-inf"))
             selected = tl.where((index == evicted) & admitted, candidate, selected)
-            tau = _threshold(candidate, exists, selected, support, support_positions, tl.load(last_tau), K, S)
+            last = tl.load(last_tau)
+            tau = _threshold(candidate, exists, selected, support, support_scores, support_positions, last, K, S)
     return exists, admitted, evicted, tau
 
 
@@ -135,7 +155,7 @@ def update(
         tl.store(old_scores + W + evicted, candidate)
         tl.store(selected_positions + evicted, leaving)
     if S > 0:
-        lowest, worst = _worst(support, support_positions, index)
+        lowest, worst = _worst(support, support_scores, support_positions, index, S)
         if exists & (candidate >= lowest):
             tl.store(support_scores + worst, candidate)
             tl.store(support_positions + worst, leaving)
