@@ -56,6 +56,13 @@ def test_tree_names_what_is_there():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_stands_twice(document):
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    long = [part for part in re.split(r"\n\n|\n(?=- )", text) if len(part) > 200 or part.startswith("#")]
+    assert len(long) == len(set(long)), {part[:80] for part in long if long.count(part) > 1}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
         assert (document.parent / target).exists(), target

@@ -134,6 +134,13 @@ def test_splits_cover_every_row_once() -> None:
             assert (splits - 1) * split_rows < rows <= splits * split_rows and split_rows % 64 == 0
 
 
+def test_programs_fill_the_processors() -> None:
+    """Three fifths of them at least, as far as there are blocks of rows, and few wait for a processor."""
+    for heads in range(1, 132):
+        splits = kernel.cut(heads, 2048, 132, 64)[0]
+        assert min(0.6 * 132, 32 * heads) <= splits * heads <= 132 + heads / 2, heads
+
+
 def test_left_padding() -> None:
     case = Case("gpu_padding", b=3, num_selected=4, window=3, h=2, g=1, d=8)
     assert_steps_equal(case, 8, "value", steps=4, start=torch.tensor([0, 5, 10]))

@@ -165,8 +165,7 @@ attention_op.register_autograd(_backward, setup_context=_save)
 
 WRITTEN = (
     "past_key", "past_value", "past_scores", "selected_positions", "support_scores", "support_positions", "length",
-    "arrivals",
-    "tau",
+    "arrivals", "tau",
 )  # fmt: skip
 """What a step changes of the state: all of its tensors but `document_start`."""
 
